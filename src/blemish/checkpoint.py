@@ -1,0 +1,147 @@
+"""Saving and loading detectors: {config, state_dict, version, ...}, read with weights_only=True, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blemish.build import TRUSTED, build
+from blemish.calibration import Calibration
+from blemish.detector import Detector
+from blemish.errors import CheckpointError, ConfigError
+from blemish.files import atomic, write_json
+from blemish.postprocess import Cleaning, Smoothing
+from blemish.preprocess import Preprocess
+from blemish.scores import TorchScorer
+from blemish.tiling import Tiling
+
+FORMAT = 1
+DETECTOR_FILE = "detector.pt"
+CARD_FILE = "card.json"
+PARTS = ("model", "score", "image", "tiling", "smoothing", "cleaning")
+"""The sections of a run's config that make a detector; a checkpoint carries just these."""
+
+
+def build_model(config: Mapping[str, Any], trusted: Sequence[str] | None = None) -> nn.Module:
+    """Build the model of a config and try it on one tile, so that a misfit shows before any work is done.
+
+    Raises:
+        ConfigError: unknown target or arguments, or a tile size that the model cannot take.
+    """
+    model = build(config["model"], trusted, "model")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model._target_ must name a torch.nn.Module, found {type(model).__name__}.")
+    tile = torch.zeros(1, config["image"]["channels"], config["tiling"]["size"], config["tiling"]["size"])
+    training = model.training
+    build(config["score"], trusted, "score")(model.eval(), tile)
+    return model.train(training)
+
+
+def assemble(
+    config: Mapping[str, Any],
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    about: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    trusted: Sequence[str] | None = None,
+) -> Detector:
+    """Put a detector together from the `PARTS` of a config and a trained model."""
+    parts = {name: config[name] for name in PARTS}
+    return Detector(
+        scorer=TorchScorer(model, build(parts["score"], trusted, "score"), device),
+        preprocess=build({"_target_": f"{Preprocess.__module__}.Preprocess", **parts["image"]}),
+        tiling=build({"_target_": f"{Tiling.__module__}.Tiling", **parts["tiling"]}),
+        smoothing=build({"_target_": f"{Smoothing.__module__}.Smoothing", **parts["smoothing"]}),
+        cleaning=build({"_target_": f"{Cleaning.__module__}.Cleaning", **parts["cleaning"]}),
+        fingerprint=fingerprint(parts, model.state_dict()),
+        calibration=calibration,
+        about=about or {},
+    )
+
+
+def fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over all that shapes a score: weights, model, score, preprocessing, tiling, smoothing."""
+    shaping = {name: config[name] for name in PARTS if name != "cleaning"}
+    shaping["tiling"] = {key: value for key, value in shaping["tiling"].items() if key != "batch"}
+    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_detector(
+    run: Path, config: Mapping[str, Any], model: nn.Module, calibration: Calibration | None, about: Mapping[str, Any]
+) -> None:
+    """Write `detector.pt` and, beside it for people to read, the calibration card `card.json`."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = {
+        "format": FORMAT,
+        "version": about["version"],
+        "config": {name: config[name] for name in PARTS},
+        "state_dict": state,
+        "calibration": calibration.to_dict() if calibration else None,
+        "about": dict(about),
+    }
+    with atomic(run / DETECTOR_FILE) as temporary:
+        torch.save(content, temporary)
+    if calibration:
+        write_json(run / CARD_FILE, calibration.to_dict())
+
+
+def read_checkpoint(run: str | Path) -> dict[str, Any]:
+    """The content of a run's `detector.pt`, as plain data and tensors.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer format.
+    """
+    path = Path(run)
+    path = path / DETECTOR_FILE if path.is_dir() else path
+    if not path.is_file():
+        unfinished = (path.parent / "checkpoints" / "last.ckpt").is_file()
+        raise CheckpointError(
+            f"Training in {path.parent} has not finished: continue it with `blemish train resume={path.parent}`."
+            if unfinished
+            else f"No detector found at {path}: run= takes the folder that `blemish train` made."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot load {path}: it is damaged or not a blemish detector; train again.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"{path} has format {found}, this version of blemish reads {FORMAT}: use another version."
+        )
+    return content
+
+
+def load_detector(run: str | Path, device: str = "auto", trusted: Sequence[str] = ()) -> Detector:
+    """Load the detector of a run, calibrated if the run is.
+
+    Args:
+        run: the folder that `blemish train` made, or its `detector.pt`.
+        device: cpu, cuda, ... or auto (the GPU if there is one).
+        trusted: packages besides blemish and torch.nn that the checkpoint may take classes from.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint cannot be used. CalibrationError: its card is not its own.
+    """
+    content = read_checkpoint(run)
+    allowed = (*TRUSTED, *trusted)
+    model = build(content["config"]["model"], allowed, "model")
+    try:
+        model.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        raise CheckpointError(f"The weights in {run} do not fit its model: {str(error).splitlines()[0]}") from error
+    calibration = Calibration.from_dict(content["calibration"]) if content["calibration"] else None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return assemble(content["config"], model, calibration, content["about"], device, allowed)

@@ -1,0 +1,1 @@
+"""From files to arrays: images, records, splits, tiles, augmentation and corruption."""

@@ -1,0 +1,150 @@
+"""Tiles for training and validation: images decoded once, kept as integers, cut at reproducible places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from blemish.data.augment import Augmentation
+from blemish.data.images import Pixels, read_pixels, to_unit
+from blemish.errors import DataError, ImageError
+from blemish.preprocess import Preprocess
+from blemish.tiling import Tiling, pad_to_tile
+
+
+class ImageCache:
+    """Preprocessed images at their own bit depth, in memory up to `limit` bytes; the rest is decoded on demand.
+
+    Raises:
+        DataError: images cannot be read; says how many and which is the first.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], preprocess: Preprocess, limit: float, name: str, progress: bool = True
+    ) -> None:
+        self._paths, self._preprocess = list(paths), preprocess
+        self._held: dict[int, Pixels] = {}
+        used, broken = 0, []
+        bar = tqdm(total=len(paths), desc=f"reading {name}", unit="image", disable=not progress, leave=False)
+        with bar, ThreadPoolExecutor(2) as pool:
+            # In chunks, so that no more than one chunk is decoded ahead of the limit.
+            for first in range(0, len(self._paths), 64):
+                for offset, pixels in enumerate(pool.map(self._try, range(first, min(first + 64, len(self._paths))))):
+                    bar.update()
+                    if isinstance(pixels, ImageError):
+                        broken.append(pixels)
+                    elif used + pixels.nbytes <= limit:
+                        used += pixels.nbytes
+                        self._held[first + offset] = pixels
+        if broken:
+            raise DataError(
+                f"{len(broken)} of {len(paths)} images cannot be used to {name}. {broken[0]} `blemish check` lists all."
+            )
+
+    def _try(self, index: int) -> Pixels | ImageError:
+        try:
+            return self._preprocess(read_pixels(self._paths[index]))
+        except ImageError as error:
+            return error
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Pixels:
+        """(H, W, C) at the image's own bit depth."""
+        held = self._held.get(index)
+        return held if held is not None else self._preprocess(read_pixels(self._paths[index]))
+
+
+class TrainingTiles(Dataset[Tensor]):
+    """An endless, seeded stream of random tiles, addressed by position.
+
+    Position p lies in pass p // n over the images; each pass is a new permutation. Image, place and augmentation
+    depend on (seed, position) alone, which is why a resumed training sees just what an uninterrupted one sees.
+    """
+
+    def __init__(self, images: ImageCache, size: int, seed: int, augment: Augmentation | None = None) -> None:
+        self._images, self._size, self._seed, self._augment = images, size, seed, augment
+        self._pass, self._order = -1, np.arange(0)
+
+    def _image_at(self, position: int) -> Pixels:
+        number, place = divmod(position, len(self._images))
+        if number != self._pass:
+            self._pass = number
+            self._order = np.random.default_rng([self._seed, 0, number]).permutation(len(self._images))
+        return self._images[int(self._order[place])]
+
+    def __getitem__(self, position: int) -> Tensor:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: list[int]) -> Tensor:
+        """A batch of tiles (B, C, t, t): uint8, or float32 in [0, 1] for deeper images."""
+        rng = np.random.default_rng([self._seed, 1, positions[0]])
+        tiles = []
+        for position in positions:
+            image = pad_to_tile(self._image_at(position)[None], self._size)[0]
+            top, left = (int(rng.integers(side - self._size + 1)) for side in image.shape[:2])
+            tiles.append(image[top : top + self._size, left : left + self._size])
+        if self._augment is not None:
+            tiles = self._augment(tiles, seed=int(rng.integers(2**31)))
+        return as_batch(tiles)
+
+
+class ValidationTiles(Dataset[Tensor]):
+    """At most `most` fixed tiles, spread evenly over the images and their windows."""
+
+    def __init__(self, images: ImageCache, tiling: Tiling, most: int = 512) -> None:
+        self._images, self._size = images, tiling.size
+        places = []
+        for index in range(len(images)):
+            height, width = images[index].shape[:2]
+            places += [(index, top, left) for top in tiling.starts(height) for left in tiling.starts(width)]
+        chosen = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int))
+        self._places = [places[place] for place in chosen]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """A batch of tiles (B, C, t, t), as `TrainingTiles` gives them."""
+        tiles = []
+        for image_index, top, left in (self._places[index] for index in indices):
+            image = pad_to_tile(self._images[image_index][None], self._size)[0]
+            tiles.append(image[top : top + self._size, left : left + self._size])
+        return as_batch(tiles)
+
+
+def as_batch(tiles: Sequence[Pixels]) -> Tensor:
+    """(t, t, C) tiles -> (B, C, t, t) in channels-last memory; uint8 stays, other dtypes become float32 in [0, 1]."""
+    if any(tile.dtype != np.uint8 for tile in tiles):
+        tiles = [to_unit(tile) for tile in tiles]
+    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2)
+
+
+class PositionSampler(Sampler[int]):
+    """The stream positions of one epoch, for this process: `steps` batches of `batch` per process."""
+
+    def __init__(self, steps: int, batch: int, rank: int = 0, processes: int = 1) -> None:
+        self._steps, self._batch, self._rank, self._processes = steps, batch, rank, processes
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._steps * self._batch
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self._epoch * self._steps, (self._epoch + 1) * self._steps):
+            first = (step * self._processes + self._rank) * self._batch
+            yield from range(first, first + self._batch)

@@ -1,0 +1,226 @@
+"""Reading images and masks: one rule from any file to (H, W, C) pixels, and from pixels to [0, 1].
+
+The rule, by bit depth: 1 bit -> {0, 1}; 8 bit -> v / 255; 16 bit -> v / 65535; floating point must already
+lie in [0, 1]. Palettes are expanded, alpha is dropped, CMYK becomes RGB, and the EXIF orientation is applied.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from blemish.errors import DataError, ImageError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
+
+Pixels = npt.NDArray[Any]
+"""(H, W, C) with C 1 or 3, of dtype uint8, uint16, or float32 in [0, 1]."""
+FloatArray = npt.NDArray[np.float32]
+
+_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What a file's header says: `mode` is Pillow's, `bits` per channel."""
+
+    width: int
+    height: int
+    mode: str
+    bits: int
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def list_images(root: Path) -> list[Path]:
+    """All image files below `root`, sorted; hidden files and folders are left out.
+
+    Raises:
+        DataError: `root` is missing, is not a folder, or holds no image.
+    """
+    if not root.exists():
+        raise DataError(f"Folder {root} does not exist: check the path.")
+    if not root.is_dir():
+        raise DataError(f"Expected a folder of images, found a file: {root}.")
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [path for name in names if is_image(path := Path(folder) / name)]
+    if not found:
+        raise DataError(f"No image found below {root}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+    return sorted(found)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open `path` with Pillow; whatever goes wrong in decoding it becomes one ImageError."""
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError(f"Cannot read {path}: the file is empty (0 bytes); replace or remove it.")
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ImageError(
+                    f"Cannot read {path}: expected one image, found {image.n_frames} pages; save each as its own file."
+                )
+            yield image
+    except FileNotFoundError as error:
+        raise ImageError(f"Cannot read {path}: the file does not exist.") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"Cannot read {path}: {error}; raise PIL.Image.MAX_IMAGE_PIXELS to allow it.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error) as error:
+        reason = str(error) if not isinstance(error, UnidentifiedImageError) else "it is not an image"
+        raise ImageError(f"Cannot read {path}: {reason or 'damaged file'}; replace or remove it.") from error
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """True for 16-bit colour, which Pillow would silently reduce to 8 bits."""
+    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile)  # type: ignore[attr-defined]
+
+
+def probe(path: Path) -> ImageInfo:
+    """Read only the header of `path`.
+
+    Raises:
+        ImageError: the file is missing, empty, or not an image.
+    """
+    with _opened(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        width, height = (image.height, image.width) if turned else image.size
+        bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
+        if image.mode.startswith("I;16") or _is_deep_colour(image):
+            bits = 16
+        return ImageInfo(width, height, image.mode, bits)
+
+
+def read_pixels(path: str | Path) -> Pixels:
+    """Decode a file to (H, W, C) at its own bit depth: uint8, uint16 or float32, C = 1 (grey) or 3 (RGB).
+
+    Raises:
+        ImageError: the file is missing, empty, damaged, has several pages, or values outside its range.
+    """
+    path = Path(path)
+    with _opened(path) as image:
+        if _is_deep_colour(image):
+            image.load()  # finds truncation, which OpenCV would hide
+            return _read_deep_colour(path, image.getexif().get(0x0112, 1))
+        image = ImageOps.exif_transpose(image)
+        mode = image.mode
+        if mode.startswith("I;16"):
+            pixels = np.asarray(image).astype(np.uint16)
+        elif mode == "I":
+            pixels = np.asarray(image)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ImageError(
+                    f"Cannot read {path}: 32-bit integers in [{pixels.min()}, {pixels.max()}], expected at most "
+                    "16 bits; save it as 16-bit PNG or TIFF."
+                )
+            pixels = pixels.astype(np.uint16)
+        elif mode == "F":
+            pixels = np.asarray(image, dtype=np.float32)
+            if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+                raise ImageError(
+                    f"Cannot read {path}: floating-point values in [{pixels.min():g}, {pixels.max():g}], expected "
+                    "finite values in [0, 1]; rescale them or save as 16-bit integers."
+                )
+        elif mode in ("1", "L", "LA", "La"):
+            pixels = np.asarray(image.convert("L"))
+        else:
+            pixels = np.asarray(image.convert("RGB"))
+    return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
+
+
+def _read_deep_colour(path: Path, orientation: int) -> Pixels:
+    flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+    if pixels is None:
+        raise ImageError(f"Cannot read {path}: 16-bit colour of a kind that is not supported; save it as 16-bit PNG.")
+    pixels = pixels[..., ::-1]
+    if orientation in (2, 4, 5, 7):
+        pixels = pixels[:, ::-1]
+    quarter_turns = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)
+    return np.ascontiguousarray(np.rot90(pixels, quarter_turns))
+
+
+def to_unit(pixels: Pixels) -> FloatArray:
+    """Map pixels of any supported dtype to float32 in [0, 1], by the rule at the top of this file."""
+    scale = _SCALE.get(pixels.dtype)
+    if scale is None:
+        return np.asarray(pixels, dtype=np.float32)
+    unit: FloatArray = np.divide(pixels, np.float32(scale), dtype=np.float32)
+    return unit
+
+
+def read_image(path: str | Path) -> FloatArray:
+    """Decode a file to (H, W, C) float32 in [0, 1], C = 1 or 3. Raises ImageError like `read_pixels`."""
+    return to_unit(read_pixels(path))
+
+
+def read_mask(path: str | Path, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Read a ground-truth mask as (H, W) bool: any value above 0 is a defect.
+
+    Raises:
+        ImageError: the mask cannot be read, or its size is not that of its image.
+    """
+    mask: npt.NDArray[np.bool_] = np.any(read_pixels(path) > 0, axis=2)
+    if mask.shape != shape:
+        raise ImageError(
+            f"Mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {shape[1]} x {shape[0]}: "
+            "they must have the same size."
+        )
+    return mask
+
+
+def check_pixels(pixels: Pixels) -> Pixels:
+    """Validate an array handed in from Python; a (H, W) array gains its channel axis.
+
+    Raises:
+        ImageError: wrong shape, channel count, dtype, or values outside [0, 1].
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
+        raise ImageError(f"Expected an image of shape (H, W), (H, W, 1) or (H, W, 3), found {pixels.shape}.")
+    if pixels.dtype in _SCALE:
+        return pixels
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise ImageError(f"Expected uint8, uint16 or floating-point pixels, found {pixels.dtype}.")
+    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+        raise ImageError(
+            f"Expected floating-point pixels in [0, 1], found [{pixels.min():g}, {pixels.max():g}]; "
+            "pass uint8 or uint16, or rescale."
+        )
+    return pixels.astype(np.float32, copy=False)
+
+
+def expand_inputs(inputs: str | Path | Iterable[str | Path]) -> list[tuple[Path, Path]]:
+    """Turn a folder, a file or a list of them into (path, name relative to its folder) pairs.
+
+    Raises:
+        DataError: a path does not exist, a folder holds no image, or a file is not of a known kind.
+    """
+    items = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    pairs: list[tuple[Path, Path]] = []
+    for item in map(Path, items):
+        if item.is_dir():
+            pairs += [(path, path.relative_to(item)) for path in list_images(item)]
+        elif not item.exists():
+            raise DataError(f"Input {item} does not exist: give an image file or a folder of images.")
+        elif not is_image(item):
+            raise DataError(f"Input {item} is no image: expected a file ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        else:
+            pairs.append((item, Path(item.name)))
+    if not pairs:
+        raise DataError("No input was given: give an image file or a folder of images.")
+    return pairs

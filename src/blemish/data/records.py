@@ -1,0 +1,169 @@
+"""From a data set's layout to records: one reader per layout, all returning the same `Records`."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from blemish.data.images import IMAGE_SUFFIXES, is_image, list_images
+from blemish.errors import DataError
+
+Split = Literal["train", "validation", "calibration", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
+NORMAL = "good"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image: `kind` is "good" or the name of its defect; `split` None leaves the choice to the splitter.
+
+    `group` names what images have in common (part, lot, roll): a group never lies in two splits.
+    """
+
+    path: Path
+    kind: str = NORMAL
+    mask: Path | None = None
+    split: Split | None = None
+    group: str | None = None
+
+    @property
+    def is_normal(self) -> bool:
+        return self.kind == NORMAL
+
+
+@dataclass(frozen=True)
+class Records:
+    """The images of a data set, and what is wrong with its layout (each problem one sentence)."""
+
+    images: list[Record]
+    problems: list[str] = field(default_factory=list)
+
+    def sound(self) -> list[Record]:
+        """The images, if the layout has no problem.
+
+        Raises:
+            DataError: it has; the sentence gives the first problem and their number.
+        """
+        if self.problems:
+            more = f" ({len(self.problems) - 1} more such problems)" if len(self.problems) > 1 else ""
+            raise DataError(f"{self.problems[0]}{more} `blemish check` lists them all.")
+        return self.images
+
+
+def read_folder(root: str | Path) -> Records:
+    """Every image below `root`, in any nesting, is defect-free."""
+    root = Path(root)
+    if (root / "train" / NORMAL).is_dir() and (root / "test").is_dir():
+        raise DataError(f"{root} has the MVTec AD layout, its test part holds defects: use data=mvtec.")
+    return Records([Record(path) for path in list_images(root)])
+
+
+def read_mvtec(root: str | Path) -> Records:
+    """`train/good`, `test/<kind>` and `ground_truth/<kind>/<stem>_mask.png` (or `<stem>.png`), as in MVTec AD.
+
+    Source: Bergmann et al., MVTec AD, CVPR 2019. A data set without masks, or without a test part, is fine.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"Folder {root} does not exist: check data.root.")
+    if not (root / "train" / NORMAL).is_dir():
+        raise DataError(f"{root} has no folder train/{NORMAL}, which the MVTec AD layout needs: use data=folder?")
+    images = [Record(path, split="train") for path in list_images(root / "train" / NORMAL)]
+    problems = [
+        f"Folder {folder} lies in the train part beside train/{NORMAL}: only defect-free images train; move it."
+        for folder in sorted((root / "train").iterdir())
+        if folder.is_dir() and folder.name != NORMAL
+    ]
+    masks = _masks_by_image(root / "ground_truth")
+    for folder in sorted(path for path in (root / "test").glob("*") if path.is_dir()):
+        for path in list_images(folder):
+            mask = masks.pop((folder.name, path.stem), None)
+            if mask is not None and folder.name == NORMAL:
+                problems.append(f"Mask {mask} belongs to a defect-free image: remove it or move the image.")
+            images.append(Record(path, kind=folder.name, mask=mask, split="test"))
+    problems += [
+        f"Mask {mask} has no image in {root / 'test' / kind}: restore it or remove the mask."
+        for (kind, _), mask in sorted(masks.items())
+    ]
+    return Records(images, problems)
+
+
+def _masks_by_image(root: Path) -> dict[tuple[str, str], Path]:
+    """(kind, image stem) -> mask."""
+    found = {}
+    for path in sorted(root.glob("*/*")) if root.is_dir() else []:
+        if is_image(path):
+            found[path.parent.name, path.stem.removesuffix("_mask")] = path
+    return found
+
+
+def read_manifest(root: str | Path, manifest: str = "manifest.csv") -> Records:
+    """A CSV file with the columns path, label, and optionally mask, split, group; paths are relative to it.
+
+    `root` is the CSV file, or the folder that holds one called `manifest`. `label` is "good" (or "normal") or
+    the name of the defect. `split` is train, validation, calibration or test; left empty, defect-free images
+    are split by blemish and defective ones go to the test part.
+
+    Raises:
+        DataError: the file is missing or malformed, a defective image is not in the test part, a path is missing.
+    """
+    file = Path(root)
+    file = file / manifest if file.is_dir() else file
+    if not file.is_file():
+        raise DataError(
+            f"Manifest {file} does not exist: expected a CSV file with columns path,label,mask,split,group."
+        )
+    images: list[Record] = []
+    problems: list[str] = []
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        columns = set(reader.fieldnames or ())
+        unknown = columns - {"path", "label", "mask", "split", "group"}
+        if not {"path", "label"} <= columns or unknown:
+            raise DataError(
+                f"Manifest {file} has the columns {', '.join(reader.fieldnames or ['(none)'])}; expected "
+                "path and label, and optionally mask, split, group."
+            )
+        for number, row in enumerate(reader, start=2):
+            record, problem = _manifest_row(file, number, {key: (row[key] or "").strip() for key in columns})
+            images += [record] if record else []
+            problems += [problem] if problem else []
+    if not images and not problems:
+        raise DataError(f"Manifest {file} lists no image.")
+    return Records(images, problems)
+
+
+def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[Record | None, str | None]:
+    where = f"Line {number} of {file}"
+    label, split = row["label"], row.get("split", "")
+    if not row["path"] or not label:
+        return None, f"{where} lacks a path or a label: fill it in."
+    kind = NORMAL if label.lower() in ("good", "normal") else label
+    if split not in ("", *SPLITS):
+        return None, f"{where} has the split '{split}': expected one of {', '.join(SPLITS)}, or nothing."
+    if kind != NORMAL and split not in ("", "test"):
+        return (
+            None,
+            f"{where} puts a defective image ('{label}') into the {split} part: only the test part may hold one.",
+        )
+    path = file.parent / row["path"]
+    mask = file.parent / row["mask"] if row.get("mask") else None
+    if not path.is_file():
+        return None, f"{where} names the image {path}, which does not exist: restore it or remove the line."
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return None, f"{where} names {path}: expected a file ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
+    if mask is not None and not mask.is_file():
+        return None, f"{where} names the mask {mask}, which does not exist: restore it or empty the field."
+    part: Split | None = "test" if kind != NORMAL else _as_split(split)
+    return Record(path, kind, mask, part, row.get("group") or None), None
+
+
+def _as_split(text: str) -> Split | None:
+    return next((split for split in SPLITS if split == text), None)
+
+
+def of_split(records: Iterable[Record], split: Split) -> list[Record]:
+    return [record for record in records if record.split == split]

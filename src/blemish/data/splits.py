@@ -1,0 +1,159 @@
+"""Dividing defect-free images into train, validation and calibration: seeded, disjoint, by group and content."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from blemish.data.records import SPLITS, Record, Split, of_split
+from blemish.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """A record with its split settled, the SHA-256 of its file, and its `unit`.
+
+    Images of one unit share a group or have the same content; a unit is what is exchangeable, and what
+    calibration counts.
+    """
+
+    record: Record
+    digest: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """`dropped` counts defect-free images left out because the test part holds the same file or group."""
+
+    records: list[SplitRecord]
+    dropped: int = 0
+
+    def of(self, split: Split) -> list[SplitRecord]:
+        return [item for item in self.records if item.record.split == split]
+
+    def fingerprint(self) -> dict[str, str]:
+        """Per split, the SHA-256 of its sorted file hashes: equal exactly when the data are."""
+        return {
+            split: hashlib.sha256("".join(sorted(item.digest for item in self.of(split))).encode()).hexdigest()
+            for split in SPLITS
+        }
+
+
+def digest_files(paths: Sequence[Path], progress: bool = True) -> list[str]:
+    """SHA-256 of each file, in order."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return (
+                hashlib.file_digest(file, "sha256").hexdigest()
+                if hasattr(hashlib, "file_digest")
+                else (hashlib.sha256(file.read()).hexdigest())
+            )
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(
+            tqdm(pool.map(digest, paths), "hashing", len(paths), unit="image", disable=not progress, leave=False)
+        )
+
+
+def find_units(records: Sequence[Record], digests: Sequence[str]) -> list[str]:
+    """Name each record's unit: the connected components of "same group" and "same content" (union-find)."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for record, digest in zip(records, digests, strict=True):
+        if record.group is not None:
+            first, second = sorted((root("content " + digest), root("group " + record.group)))
+            parent[second] = first
+    return [root("content " + digest) for digest in digests]
+
+
+def split_records(
+    records: Sequence[Record],
+    seed: int,
+    validation: float = 0.1,
+    calibration: float | None = None,
+    needed: int = 0,
+    progress: bool = True,
+) -> Splits:
+    """Settle the split of every record; units (see `SplitRecord`) are never divided.
+
+    Args:
+        records: their own `split` wins, except that defect-free images marked "train" may still be given to
+            validation or calibration where the data set names no images for these.
+        seed: of the shuffle.
+        validation: share of the defect-free units for early stopping and model selection.
+        calibration: share of the units for calibration. None takes a fifth, or as many as the promise needs,
+            but never more than half.
+        needed: the number of calibration units that the promise needs.
+
+    Raises:
+        ConfigError: a share is out of range. DataError: no image is left to train on, or a unit is named in
+            two splits.
+    """
+    if not 0 < validation < 1 or (calibration is not None and not 0 < calibration < 1 - validation):
+        raise ConfigError(
+            f"Expected split.validation and split.calibration in (0, 1) and together below 1, found {validation} "
+            f"and {calibration}."
+        )
+    digests = digest_files([record.path for record in records], progress)
+    units = find_units(records, digests)
+    in_test = {unit for record, unit in zip(records, units, strict=True) if record.split == "test"}
+    dropped = 0
+    free: dict[str, int] = {}  # unit -> number of images that blemish may place
+    fixed: dict[str, Split] = dict.fromkeys(in_test, "test")
+    named = {split: bool(of_split(records, split)) for split in SPLITS}
+    for record, unit in zip(records, units, strict=True):
+        if record.split == "test":
+            continue
+        if unit in in_test:
+            dropped += 1
+        elif record.split in (None, "train"):
+            free[unit] = free.get(unit, 0) + 1
+        elif fixed.setdefault(unit, record.split) != record.split:
+            raise DataError(
+                f"{record.path} shares its group or content with an image of another split: give both one split."
+            )
+    for unit in fixed:
+        free.pop(unit, None)
+
+    order = sorted(free)
+    random.Random(seed).shuffle(order)
+    total = len(order)
+    for_calibration = (
+        0
+        if named["calibration"]
+        else (round(total * calibration) if calibration is not None else min(max(-(-total // 5), needed), total // 2))
+    )
+    for_validation = 0 if named["validation"] else max(1, round(total * validation))
+    if total - for_calibration - for_validation < 1:
+        raise DataError(
+            f"Too few images: {total} distinct defect-free images or groups do not leave one for each of training, "
+            "validation and calibration; add images or lower split.calibration."
+        )
+    for position, unit in enumerate(order):
+        fixed[unit] = (
+            "calibration"
+            if position < for_calibration
+            else "validation"
+            if position < for_calibration + for_validation
+            else "train"
+        )
+    settled = [
+        SplitRecord(replace(record, split=fixed[unit]), digest, unit)
+        for record, digest, unit in zip(records, digests, units, strict=True)
+        if record.split == "test" or unit not in in_test
+    ]
+    return Splits(settled, dropped)

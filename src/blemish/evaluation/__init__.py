@@ -1,0 +1,1 @@
+"""Measuring a detector against labels: curves, metrics, tables."""

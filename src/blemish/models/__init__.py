@@ -1,0 +1,1 @@
+"""Models: each says what a defect-free tile would have shown. One noun a file."""

@@ -1,0 +1,43 @@
+"""Pictures of score maps on one fixed colour scale, so that a perfect part stays calm."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from blemish.data.images import FloatArray, Pixels, to_unit
+from blemish.postprocess import Mask
+
+Picture = npt.NDArray[np.uint8]
+"""(H, W, 3) RGB."""
+
+# The scale runs from 0 to twice the threshold: below half of it nothing is painted, at the threshold the colour
+# is opaque enough to read. Inferno rises evenly in lightness, which colour-blind eyes see as well.
+_SCALE_END = 2.0
+_RELATIVE = np.linspace(0.0, _SCALE_END, 256)
+_COLOUR = cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_INFERNO)[:, 0, ::-1].astype(np.float32)
+_OPACITY = (0.75 * np.clip((_RELATIVE - 0.5) / 0.5, 0.0, 1.0)).astype(np.float32)[:, None]
+_OUTLINE = (0, 255, 255)
+_ROWS = 256  # painted at once, so that memory stays small for huge images
+
+
+def as_rgb(pixels: Pixels) -> Picture:
+    """(H, W, 1 or 3) pixels of any supported dtype -> (H, W, 3) uint8."""
+    grey_or_rgb = pixels if pixels.dtype == np.uint8 else (to_unit(pixels) * 255).round().astype(np.uint8)
+    return np.broadcast_to(grey_or_rgb, (*pixels.shape[:2], 3))
+
+
+def heat_map(score_map: FloatArray, threshold: float, pixels: Pixels, mask: Mask | None = None) -> Picture:
+    """Lay a score map over its image, coloured relative to `threshold`; outline `mask` in cyan."""
+    per_level = 255.0 / (_SCALE_END * max(threshold, float(np.finfo(np.float32).tiny)))
+    picture = np.empty((*score_map.shape, 3), dtype=np.uint8)
+    for first in range(0, len(score_map), _ROWS):
+        rows = slice(first, first + _ROWS)
+        level = np.clip(score_map[rows] * np.float32(per_level), 0, 255).astype(np.uint8)
+        opacity = _OPACITY[level]
+        picture[rows] = (as_rgb(pixels[rows]) * (1 - opacity) + _COLOUR[level] * opacity).round()
+    if mask is not None and mask.any():
+        outlines, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(picture, outlines, -1, _OUTLINE, thickness=max(1, min(mask.shape) // 400))
+    return picture

@@ -1,0 +1,69 @@
+"""From a raw map to a smooth one, from a mask to regions. NumPy and OpenCV only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from blemish.data.images import FloatArray
+from blemish.errors import ConfigError
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected part of a mask (8 neighbours): its box in pixels, its area in pixels, its largest score."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    area: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Gaussian smoothing of a score map, `sigma` in pixels of the scored image; 0 leaves the map as it is."""
+
+    sigma: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.sigma < 0:
+            raise ConfigError(f"Expected smoothing.sigma >= 0, found {self.sigma}.")
+
+    def __call__(self, score_map: FloatArray) -> FloatArray:
+        """(H, W) -> (H, W). Borders reflect: with zeros the map would sink there."""
+        if self.sigma == 0:
+            return score_map
+        return np.asarray(cv2.GaussianBlur(score_map, (0, 0), self.sigma, borderType=cv2.BORDER_REFLECT), np.float32)
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Removes regions below `min_area` pixels from a mask. It can only lower the false-alarm rate."""
+
+    min_area: int = 1
+
+    def __post_init__(self) -> None:
+        if self.min_area < 1:
+            raise ConfigError(f"Expected cleaning.min_area >= 1, found {self.min_area}.")
+
+    def __call__(self, mask: Mask, score_map: FloatArray) -> tuple[Mask, list[Region]]:
+        """(H, W) bool -> the cleaned mask and its regions, largest score first."""
+        count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+        kept = np.flatnonzero(boxes[:, cv2.CC_STAT_AREA] >= self.min_area)
+        kept = kept[kept > 0]  # 0 is the background
+        if len(kept) < count - 1:
+            mask = np.isin(labels, kept)
+        regions = []
+        for label in kept:
+            left, top, width, height, area = (int(value) for value in boxes[label])
+            window = slice(top, top + height), slice(left, left + width)
+            score = float(score_map[window][labels[window] == label].max())
+            regions.append(Region(left, top, width, height, area, score))
+        return mask, sorted(regions, key=lambda region: -region.score)

@@ -1,0 +1,43 @@
+"""Doing something to a stream of items ahead of the consumer, in order and with bounded memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_ahead(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    cost: Callable[[Item], float],
+    budget: float,
+    workers: int = 1,
+    most: int = 64,
+) -> Iterator[Result]:
+    """Yield `function(item)` in order, computed by threads ahead of the consumer.
+
+    At most `most` items, and items of a total `cost` of at most `budget` (or a single one), are under way. An
+    exception of `function` is raised at its item's turn; whatever has not started by then is dropped.
+    """
+    waiting: deque[tuple[float, Future[Result]]] = deque()
+    under_way = 0.0
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                price = cost(item)
+                while waiting and (under_way + price > budget or len(waiting) >= most):
+                    paid, future = waiting.popleft()
+                    under_way -= paid
+                    yield future.result()
+                waiting.append((price, pool.submit(function, item)))
+                under_way += price
+            while waiting:
+                yield waiting.popleft()[1].result()
+        finally:
+            for _, future in waiting:
+                future.cancel()

@@ -1,0 +1,1 @@
+"""Training by gradient: objectives, the Lightning task, callbacks."""

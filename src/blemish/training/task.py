@@ -1,0 +1,80 @@
+"""The Lightning module: how a step, a validation and an optimiser look, for every model that learns by gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from blemish.data.corruption import Corruption
+from blemish.training.objectives import Loss, ReconstructionObjective
+
+
+class ReconstructionTask(pl.LightningModule):
+    """Corrupt a tile, let the model say what it expects, compare with the clean tile.
+
+    The learning rate follows one cycle (Smith and Topin, arXiv 1708.07120) over `steps` optimiser steps.
+
+    Randomness is seeded per epoch from (seed, epoch, rank), not carried along: a training resumed at an epoch's
+    start is bit for bit the one that was never interrupted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: ReconstructionObjective,
+        corruption: Corruption,
+        learning_rate: float,
+        weight_decay: float,
+        steps: int,
+        seed: int,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.to(memory_format=self._format)
+        self.objective = objective
+        self.corruption = corruption
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.steps, self.seed = steps, seed
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(_mix(self.seed, self.current_epoch, self.global_rank))
+
+    def on_validation_epoch_start(self) -> None:
+        torch.manual_seed(_mix(self.seed, -1, self.global_rank))  # the same noise at every validation
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        # Tiles travel as uint8, a quarter of the bytes.
+        x = batch.float().div_(255) if batch.dtype == torch.uint8 else batch
+        return x.contiguous(memory_format=self._format)
+
+    def _loss(self, x: Tensor) -> Loss:
+        loss: Loss = self.objective(self.model(self.corruption(x)), x, self.global_step)
+        return loss
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train/loss", loss.total, prog_bar=True)
+        self.log("train/reconstruction", loss.reconstruction)
+        self.log("train/kl", loss.kl)
+        return loss.total
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/loss", self._loss(batch).total, prog_bar=True, sync_dist=True)
+        # What the score map will be made of, on clean input.
+        clean = self.objective.residual(batch, self.model(batch).expected)
+        self.log("val/score", clean.amax(dim=(1, 2, 3)).mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.model.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _mix(seed: int, epoch: int, rank: int) -> int:
+    """One 63-bit seed from three numbers."""
+    return int(np.random.SeedSequence([seed, epoch + 1, rank]).generate_state(1, np.uint64)[0] >> 1)
