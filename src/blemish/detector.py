@@ -79,7 +79,15 @@ class Detector:
         return next(self.score_maps([image]))
 
     def score_maps(self, images: Iterable[Pixels]) -> Iterator[FloatArray]:
-        """Score maps of many images, in order; neighbours of equal size share batches of tiles."""
+        """Score maps of many images, in order, each as `score_map` gives it."""
+        for batch in self.score_batches(images):
+            yield from batch
+
+    def score_batches(self, images: Iterable[Pixels]) -> Iterator[list[FloatArray]]:
+        """Score maps of many images, in order, in the batches that were scored at once.
+
+        Neighbours of equal size share batches of up to `tiling.batch` tiles.
+        """
         waiting: list[tuple[Pixels, tuple[int, int]]] = []
         for image in images:
             pixels = check_pixels(image)
@@ -89,21 +97,23 @@ class Detector:
                 or scored.dtype != waiting[0][0].dtype
                 or len(waiting) * self.tiling.count(*scored.shape[:2]) >= self.tiling.batch
             ):
-                yield from self._flush(waiting)
+                yield self._score(waiting)
                 waiting = []
             waiting.append((scored, (pixels.shape[0], pixels.shape[1])))
         if waiting:
-            yield from self._flush(waiting)
+            yield self._score(waiting)
 
-    def _flush(self, waiting: list[tuple[Pixels, tuple[int, int]]]) -> Iterator[FloatArray]:
+    def _score(self, waiting: list[tuple[Pixels, tuple[int, int]]]) -> list[FloatArray]:
         images = waiting[0][0][None] if len(waiting) == 1 else np.stack([pixels for pixels, _ in waiting])
-        maps = apply_tiled(self.scorer, images, self.tiling)
-        for score_map, (_, (height, width)) in zip(maps, waiting, strict=True):
+        maps = []
+        scored = apply_tiled(self.scorer, images, self.tiling)
+        for score_map, (_, (height, width)) in zip(scored, waiting, strict=True):
             smooth = self.smoothing(score_map)
             if smooth.shape != (height, width):
                 enlarged = cv2.resize(smooth, (width, height), interpolation=cv2.INTER_LINEAR)
                 smooth = np.asarray(enlarged, np.float32)
-            yield smooth
+            maps.append(smooth)
+        return maps
 
     def decide(self, score_map: FloatArray) -> Prediction:
         """Turn a score map into a decision.

@@ -16,7 +16,8 @@ Picture = npt.NDArray[np.uint8]
 # is opaque enough to read. Inferno rises evenly in lightness, which colour-blind eyes see as well.
 _SCALE_END = 2.0
 _RELATIVE = np.linspace(0.0, _SCALE_END, 256)
-_COLOUR = cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_INFERNO)[:, 0, ::-1].astype(np.float32)
+_LEVELS = np.arange(256, dtype=np.uint8)[:, None]
+_COLOUR = cv2.applyColorMap(_LEVELS, cv2.COLORMAP_INFERNO).reshape(256, 3)[:, ::-1].astype(np.float32)
 _OPACITY = (0.75 * np.clip((_RELATIVE - 0.5) / 0.5, 0.0, 1.0)).astype(np.float32)[:, None]
 _OUTLINE = (0, 255, 255)
 _ROWS = 256  # painted at once, so that memory stays small for huge images

@@ -100,7 +100,7 @@ class TrainingTiles(Dataset[Tensor]):
 class ValidationTiles(Dataset[Tensor]):
     """At most `most` fixed tiles, spread evenly over the images and their windows."""
 
-    def __init__(self, images: ImageCache, tiling: Tiling, most: int = 512) -> None:
+    def __init__(self, images: ImageCache, tiling: Tiling, most: int = 256) -> None:
         self._images, self._size = images, tiling.size
         places = []
         for index in range(len(images)):
