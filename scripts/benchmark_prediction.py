@@ -118,9 +118,8 @@ def main() -> None:
         f"peak memory: 500 images {few['peak'] / 1024:.0f} MiB, 5000 images {many['peak'] / 1024:.0f} MiB "
         f"({many['peak'] / few['peak'] - 1:+.1%}); 5000 images at {5000 / many['seconds']:.1f} images/s"
     )
-    print(
-        f"one image of 6000 x 6000: {large['seconds']:.0f} s, peak {(large['peak'] - large['idle']) / 1024:.0f} MiB above idle"
-    )
+    above = (large["peak"] - large["idle"]) / 1024
+    print(f"one image of 6000 x 6000: {large['seconds']:.0f} s, peak {above:.0f} MiB above idle")
 
 
 if __name__ == "__main__":

@@ -124,9 +124,7 @@ def main() -> None:
     # The first epoch warms up both.
     pairs = list(zip(timer.blemish_seconds, timer.bare_seconds, strict=True))[1:]
     ratios = [bare / ours for ours, bare in pairs]
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {training['batch_size']}, {len(pairs)} epochs"
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {training['batch_size']} tiles a step")
     print(f"blemish:   {tiles_per_epoch / statistics.median(ours for ours, _ in pairs):.1f} tiles/s")
     print(f"bare loop: {tiles_per_epoch / statistics.median(bare for _, bare in pairs):.1f} tiles/s")
     print(f"ratio:     {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
@@ -128,6 +128,8 @@ def fit(
         enable_version_counter=False,
     )
     callbacks: list[pl.Callback] = [best, LearningRateMonitor("step"), Panel(score, settings.panel_every)]
+    if progress:
+        callbacks.append(TQDMProgressBar(refresh_rate=max(1, settings.steps_per_epoch // 50)))
     if settings.patience is not None:
         callbacks.append(EarlyStopping("val/loss", patience=settings.patience, check_finite=True))
     lightning = pl.Trainer(
@@ -159,11 +161,13 @@ def fit(
 
 
 def _quieten() -> None:
-    """Keep Lightning's advice about loaders and hardware off the terminal: it does not fit cached tiles."""
+    """Keep Lightning's advice off the terminal where it does not fit: cached tiles need no workers, and so on."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
         ".*Checkpoint directory.*exists.*",
+        ".*have overridden `on_after_batch_transfer`.*",
+        ".*LeafSpec.*is deprecated.*",
     ):
         warnings.filterwarnings("ignore", text)
