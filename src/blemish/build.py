@@ -38,6 +38,11 @@ def build(config: Any, trusted: Sequence[str] | None = None, where: str = "confi
     return config
 
 
+def build_section(cls: type, config: Mapping[str, Any], name: str) -> Any:
+    """Build `cls`, whose arguments are the section `name` of a config. Raises ConfigError if they do not fit."""
+    return build({"_target_": f"{cls.__module__}.{cls.__qualname__}", **config[name]}, where=name)
+
+
 def _locate(path: str, trusted: Sequence[str] | None, where: str) -> Any:
     if trusted is not None and not any(path.startswith(package + ".") for package in trusted):
         raise ConfigError(

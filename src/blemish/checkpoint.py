@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blemish.build import TRUSTED, build
+from blemish.build import TRUSTED, build, build_section
 from blemish.calibration import Calibration
 from blemish.detector import Detector
 from blemish.errors import CheckpointError, ConfigError
-from blemish.files import atomic, write_json
+from blemish.files import write_bytes, write_json
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
 from blemish.scores import TorchScorer
@@ -56,10 +57,10 @@ def assemble(
     parts = {name: config[name] for name in PARTS}
     return Detector(
         scorer=TorchScorer(model, build(parts["score"], trusted, "score"), device),
-        preprocess=build({"_target_": f"{Preprocess.__module__}.Preprocess", **parts["image"]}),
-        tiling=build({"_target_": f"{Tiling.__module__}.Tiling", **parts["tiling"]}),
-        smoothing=build({"_target_": f"{Smoothing.__module__}.Smoothing", **parts["smoothing"]}),
-        cleaning=build({"_target_": f"{Cleaning.__module__}.Cleaning", **parts["cleaning"]}),
+        preprocess=build_section(Preprocess, parts, "image"),
+        tiling=build_section(Tiling, parts, "tiling"),
+        smoothing=build_section(Smoothing, parts, "smoothing"),
+        cleaning=build_section(Cleaning, parts, "cleaning"),
         fingerprint=fingerprint(parts, model.state_dict()),
         calibration=calibration,
         about=about or {},
@@ -90,8 +91,9 @@ def save_detector(
         "calibration": calibration.to_dict() if calibration else None,
         "about": dict(about),
     }
-    with atomic(run / DETECTOR_FILE) as temporary:
-        torch.save(content, temporary)
+    buffer = io.BytesIO()  # so that a full disk is the operating system's error, not the serialiser's
+    torch.save(content, buffer)
+    write_bytes(run / DETECTOR_FILE, buffer.getvalue())
     if calibration:
         write_json(run / CARD_FILE, calibration.to_dict())
 
@@ -144,4 +146,8 @@ def load_detector(run: str | Path, device: str = "auto", trusted: Sequence[str] 
     calibration = Calibration.from_dict(content["calibration"]) if content["calibration"] else None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"The device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
     return assemble(content["config"], model, calibration, content["about"], device, allowed)

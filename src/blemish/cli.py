@@ -144,7 +144,8 @@ def _validate(verb: str, words: Sequence[str]) -> None:
     if strays and "--cfg" not in flags and "-c" not in flags:
         raise ConfigError(f"Expected settings as KEY=VALUE, found '{strays[0]}'; see `blemish {verb} --help`.")
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        known = _known_names(OmegaConf.to_container(compose(verb), resolve=False))
+        default = OmegaConf.to_container(compose(verb), resolve=False)
+        known = _known_names(default)
         fixed: list[str] = []
         for word in overrides:
             try:
@@ -155,7 +156,8 @@ def _validate(verb: str, words: Sequence[str]) -> None:
                     raise ConfigError(f"'{word}' names several values: add --multirun to sweep over them.")
                 for choice in choices:
                     candidate = word if choice is None else f"{parsed.get_key_element()}={choice}"
-                    compose(verb, [*fixed, candidate])
+                    composed = compose(verb, [*fixed, candidate])
+                    _check_types(default, OmegaConf.to_container(composed, resolve=False), candidate)
                 fixed.append(word if choices[0] is None else f"{parsed.get_key_element()}={choices[0]}")
             except (HydraException, OmegaConfBaseException) as error:
                 raise ConfigError(_explain(verb, word, str(error), known)) from error
@@ -168,6 +170,22 @@ def _known_names(config: Any, prefix: str = "") -> set[str]:
         if isinstance(value, dict):
             names |= _known_names(value, f"{prefix}{key}.")
     return names
+
+
+def _check_types(default: Any, composed: Any, word: str) -> None:
+    """Refuse text where the default is a number or a yes or no, and fractions where it is a whole number."""
+    for key in default.keys() & composed.keys():
+        before, after = default[key], composed[key]
+        if isinstance(before, dict) and isinstance(after, dict):
+            if before.get("_target_") == after.get("_target_"):
+                _check_types(before, after, word)
+            continue
+        for kind, name in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
+            if isinstance(before, kind):
+                fits = isinstance(after, (int, float) if kind is float else kind)
+                if after is not None and not fits:
+                    raise ConfigError(f"The setting '{word}' cannot be used: expected {name}, found '{after}'.")
+                break
 
 
 def _explain(verb: str, word: str, message: str, known: set[str]) -> str:

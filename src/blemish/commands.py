@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blemish import __version__
 from blemish.errors import ConfigError
 
 if TYPE_CHECKING:
+    from blemish.calibration import Promise
     from blemish.data.records import Records
-    from blemish.data.splits import Splits
 
 DONE, SOME_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all done; done, but some images could not be used; a user's mistake; Ctrl-C."""
@@ -51,171 +50,45 @@ def _read(data: dict[str, Any]) -> Records:
 
 
 def _train(config: Any, overrides: list[str]) -> int:
-    from blemish.data.records import of_split
-
     if config.resume is not None:
-        return _resume(Path(config.resume), overrides)
-    _required(config, "data.root", "train data=folder data.root=DIR")
-    run = Path(config.out) if config.out is not None else dated("runs")
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
-    records = _read(_plain(config.data)).sound()
-    normals = [record for record in records if record.is_normal and record.split != "test"]
-    if config.image.channels is None:
-        config.image.channels = _common_channels([record.path for record in normals])
-    settings = _plain(config)
-    print(f"run folder: {run}")
-    splits = _split(records, settings)
-    _prepare(run, settings, splits, overrides)
-    return _train_in(run, settings, splits, has_test=bool(of_split(records, "test")))
+        run = Path(config.resume)
+        others = [word for word in overrides if not word.startswith("resume=")]
+        if others:
+            raise ConfigError(
+                f"resume takes all settings from {run}: leave out {' '.join(others)}, or start a new run."
+            )
+        _name_run(run)
+        from blemish.training.run import resume
+
+        finished = resume(run, lambda data: _read(data).sound())
+    else:
+        _required(config, "data.root", "train data=folder data.root=DIR")
+        run = Path(config.out) if config.out is not None else dated("runs")
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
+        _name_run(run)
+        from blemish.training.run import common_channels, start
+
+        config.data.root = str(Path(config.data.root).expanduser().absolute())
+        records = _read(_plain(config.data)).sound()
+        if config.image.channels is None:
+            normals = [record.path for record in records if record.is_normal and record.split != "test"]
+            config.image.channels = common_channels(normals)
+        finished = start(run, _plain(config), records, overrides)
+    print(f"calibrated: {finished.calibration.in_words()}")
+    code = _print_metrics(finished.metrics, finished.calibration) if finished.metrics else DONE
+    _name_run(run)
+    return code
 
 
-def _resume(run: Path, overrides: list[str]) -> int:
-    """Continue a training with the settings it was started with."""
-    import json
-
-    import yaml
-
-    others = [word for word in overrides if not word.startswith(("resume=", "hydra"))]
-    if others:
-        raise ConfigError(f"resume takes all settings from the run: leave out {' '.join(others)}, or start a new run.")
-    if not (run / "config.yaml").is_file() or not (run / "run.json").is_file():
-        raise ConfigError(f"Nothing to resume in {run}: expected the folder of an interrupted `blemish train`.")
-    if (run / "detector.pt").is_file() and json.loads((run / "run.json").read_text())["status"] == "done":
-        raise ConfigError(f"The training in {run} is finished: nothing to resume.")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    records = _read(settings["data"]).sound()
-    splits = _split(records, settings)
-    before = json.loads((run / "run.json").read_text(encoding="utf-8"))["data_fingerprint"]
-    changed = [name for name, value in splits.fingerprint().items() if value != before[name]]
-    if changed:
-        raise ConfigError(f"The images changed since {run} was started (part: {', '.join(changed)}): start a new run.")
-    print(f"run folder: {run} (resumed)")
-    return _train_in(run, settings, splits, has_test=bool(splits.of("test")))
+def _name_run(run: Path) -> None:
+    print(f"run folder: {run}", flush=True)
 
 
-def _common_channels(paths: Iterable[Path]) -> int:
-    """1 if every image is grey, 3 if every image has colour. Raises DataError for a mixture."""
-    from blemish.data.images import probe
-    from blemish.errors import DataError, ImageError
-
-    first: dict[int, Path] = {}
-    for path in paths:
-        try:
-            mode = probe(path).mode
-        except ImageError:
-            continue  # reported with all other unreadable images when they are decoded
-        first.setdefault(1 if mode in ("1", "L", "LA", "La", "F", "I") or mode.startswith("I;16") else 3, path)
-    if len(first) == 2:
-        raise DataError(
-            f"The images mix grey ({first[1]}) and colour ({first[3]}): set image.channels=1 to make all grey, or 3."
-        )
-    return next(iter(first), 1)
-
-
-def _split(records: Any, settings: dict[str, Any]) -> Splits:
-    """Split, and refuse before training what calibration would refuse after it."""
-    from blemish.data.splits import split_records
-
-    promise = _promise(settings["calibration"])
-    splits = split_records(records, settings["seed"], **settings["split"], needed=promise.needed)
-    promise.rank(len({item.unit for item in splits.of("calibration")}))
-    if splits.dropped:
-        print(f"left out: {splits.dropped} training images whose content or group is also in the test part")
-    return splits
-
-
-def _promise(calibration: dict[str, Any]) -> Any:
+def _promise(calibration: dict[str, Any]) -> Promise:
     from blemish.calibration import Promise
 
     return Promise(calibration["alpha"], calibration["rule"], calibration["delta"])
-
-
-def _prepare(run: Path, settings: dict[str, Any], splits: Splits, overrides: list[str]) -> None:
-    """Write what the run is: config.yaml, splits.csv and run.json."""
-    import platform
-
-    import torch
-    import yaml
-
-    from blemish.files import write_csv, write_json, write_text
-
-    settings["data"]["root"] = str(Path(settings["data"]["root"]).expanduser().absolute())
-    write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    rows = [
-        {
-            "path": str(item.record.path),
-            "split": item.record.split,
-            "kind": item.record.kind,
-            "unit": item.unit,
-            "sha256": item.digest,
-        }
-        for item in splits.records
-    ]
-    write_csv(run / "splits.csv", ("path", "split", "kind", "unit", "sha256"), rows)
-    about = {
-        "software": "blemish",
-        "version": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "seed": settings["seed"],
-        "overrides": overrides,
-        "data_fingerprint": splits.fingerprint(),
-        "images": {name: len(splits.of(name)) for name in ("train", "validation", "calibration", "test")},
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "status": "training",
-    }
-    write_json(run / "run.json", about)
-
-
-def _train_in(run: Path, settings: dict[str, Any], splits: Splits, has_test: bool) -> int:
-    """Train, calibrate, evaluate: from a prepared run folder to a finished one."""
-    import json
-
-    import torch
-
-    from blemish import pipeline
-    from blemish.build import build
-    from blemish.checkpoint import assemble, build_model, save_detector
-    from blemish.files import write_json
-    from blemish.preprocess import Preprocess
-    from blemish.tiling import Tiling
-    from blemish.training.fit import TrainingSettings, fit
-
-    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    torch.manual_seed(settings["seed"])
-    model = build_model(settings)
-    augment = build(settings["augment"], where="augment")
-    model = fit(
-        run,
-        splits,
-        model,
-        build(settings["objective"], where="objective"),
-        build(settings["score"], where="score"),
-        build(settings["corruption"], where="corruption"),
-        augment if settings["augment"].get("transforms") else None,
-        Preprocess(**settings["image"]),
-        Tiling(**settings["tiling"]),
-        TrainingSettings(**settings["training"]),
-        settings["trainer"],
-        settings["seed"],
-    )
-    about["trained_on"] = sorted(item.digest for name in ("train", "validation") for item in splits.of(name))
-    detector = assemble(settings, model, about=about)
-    calibration = pipeline.calibrate(
-        detector, splits.of("calibration"), _promise(settings["calibration"]), settings["calibration"]["mask_rule"]
-    )
-    save_detector(run, settings, model, calibration, about)
-    print(f"calibrated: {calibration.in_words()}")
-    code = DONE
-    if has_test:
-        test = [item.record for item in splits.of("test")]
-        code = _print_metrics(pipeline.evaluate(detector.calibrated(calibration), test, run), calibration)
-    write_json(
-        run / "run.json", {key: value for key, value in about.items() if key != "trained_on"} | {"status": "done"}
-    )
-    print(f"run folder: {run}")
-    return code
 
 
 def _print_metrics(metrics: dict[str, Any], calibration: Any) -> int:

@@ -70,6 +70,13 @@ class Detector:
     def calibrated(self, calibration: Calibration) -> Detector:
         return replace(self, calibration=calibration)
 
+    @property
+    def card(self) -> Calibration:
+        """The calibration. Raises NotCalibrated if there is none."""
+        if self.calibration is None:
+            raise NotCalibrated("The detector has no calibration: run `blemish calibrate run=RUN data.root=NORMALS`.")
+        return self.calibration
+
     def score_map(self, image: Pixels) -> FloatArray:
         """(H, W), (H, W, 1) or (H, W, 3) pixels -> (H, W) float32 at the image's own size.
 
@@ -121,17 +128,16 @@ class Detector:
         Raises:
             NotCalibrated: there is no calibration yet. CalibrationError: the map has NaN or infinite values.
         """
-        if self.calibration is None:
-            raise NotCalibrated("The detector has no calibration: run `blemish calibrate run=RUN data.root=NORMALS`.")
+        card = self.card
         score = image_score(score_map)
         if not np.isfinite(score):
             raise CalibrationError("The score map has NaN or infinite values: no decision is possible.")
-        mask, regions = self.cleaning(score_map > self.calibration.mask.value, score_map)
+        mask, regions = self.cleaning(score_map > card.mask.value, score_map)
         return Prediction(
             score_map=score_map,
             image_score=score,
-            p_value=self.calibration.image.p_value(score),
-            is_anomalous=score > self.calibration.image.value,
+            p_value=card.image.p_value(score),
+            is_anomalous=score > card.image.value,
             mask=mask,
             regions=regions,
         )

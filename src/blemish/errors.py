@@ -40,4 +40,4 @@ def nearest_names(name: str, known: Iterable[str], most: int = 3) -> str:
     close = difflib.get_close_matches(name, known, n=most, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{candidate}'" for candidate in close) + "?"
-    return "known: " + ", ".join(known) if known else ""
+    return f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}" if known else ""

@@ -1,6 +1,6 @@
 """The verbs: calibrate, evaluate, predict, check, compare. Objects in, files and results out; no config, no CLI.
 
-(`fit` is in `training/fit.py`, beside Lightning, which these verbs do not need.)
+(Training is in `training/run.py` and `training/fit.py`, beside Lightning, which these verbs do not need.)
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from blemish import __version__
 from blemish.calibration import Calibration, Promise
 from blemish.data.images import Pixels, expand_inputs, probe, read_mask, read_pixels
 from blemish.data.records import Record
 from blemish.data.splits import SplitRecord, digest_files, find_units
 from blemish.detector import Detector, image_score
-from blemish.errors import BlemishError, CalibrationError, DataError, ImageError
+from blemish.errors import CalibrationError, DataError, ImageError
 from blemish.evaluation.metrics import Evaluation
 from blemish.files import write_csv, write_json
 from blemish.outputs import PredictionFiles, Scored, unique_stems
@@ -32,8 +33,6 @@ _PIXELS_AHEAD = 2**24  # decoded or waiting to be written at any time, beyond th
 
 def made_by(detector: Detector) -> dict[str, Any]:
     """What every artefact says of its origin."""
-    from blemish import __version__
-
     return {
         "software": "blemish",
         "version": __version__,
@@ -218,7 +217,7 @@ def predict(
     """
     pairs = expand_inputs(inputs)
     stems = dict(zip([path for path, _ in pairs], unique_stems([name for _, name in pairs]), strict=True))
-    files = PredictionFiles(out, made_by(detector), _mask_threshold(detector), overwrite)
+    files = PredictionFiles(out, made_by(detector), detector.card.mask.value, overwrite)
     done = files.done()
     todo = [path for path, _ in pairs if str(path) not in done]
 
@@ -240,12 +239,6 @@ def predict(
         errors += [row["error"]] if row["error"] else []
     files.finish()
     return PredictSummary(len(todo), anomalous, errors, len(done))
-
-
-def _mask_threshold(detector: Detector) -> float:
-    if detector.calibration is None:
-        raise BlemishError("The detector has no calibration: run `blemish calibrate run=RUN data.root=NORMALS`.")
-    return detector.calibration.mask.value
 
 
 def compare(folder: Path) -> tuple[list[str], list[list[object]]]:

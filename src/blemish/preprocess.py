@@ -27,8 +27,10 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise ConfigError(f"Expected channels 1 (grey) or 3 (colour), found {self.channels}.")
-        if self.max_side is not None and self.max_side < 1:
-            raise ConfigError(f"Expected image.max_side to be positive or null, found {self.max_side}.")
+        if self.max_side is not None and not (isinstance(self.max_side, int) and self.max_side > 0):
+            raise ConfigError(
+                f"Expected image.max_side to be a positive whole number or null, found '{self.max_side}'."
+            )
 
     def __call__(self, pixels: Pixels) -> Pixels:
         """(H, W, 1 or 3) -> (H', W', channels), same dtype."""

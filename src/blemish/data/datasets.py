@@ -45,7 +45,8 @@ class ImageCache:
                         self._held[first + offset] = pixels
         if broken:
             raise DataError(
-                f"{len(broken)} of {len(paths)} images cannot be used to {name}. {broken[0]} `blemish check` lists all."
+                f"{len(broken)} of {len(paths)} images of the {name} part cannot be used. {broken[0]} "
+                "`blemish check` lists all."
             )
 
     def _try(self, index: int) -> Pixels | ImageError:

@@ -27,6 +27,7 @@ Pixels = npt.NDArray[Any]
 """(H, W, C) with C 1 or 3, of dtype uint8, uint16, or float32 in [0, 1]."""
 FloatArray = npt.NDArray[np.float32]
 
+_GREY_MODES = ("1", "L", "LA", "La", "F", "I")
 _SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 
 
@@ -38,6 +39,11 @@ class ImageInfo:
     height: int
     mode: str
     bits: int
+
+    @property
+    def channels(self) -> int:
+        """1 if `read_pixels` gives grey, 3 if it gives colour."""
+        return 1 if self.mode in _GREY_MODES or self.mode.startswith("I;16") else 3
 
 
 def is_image(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,24 +12,22 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
-from blemish.data.augment import Augmentation
 from blemish.data.corruption import Corruption
 from blemish.data.datamodule import TileDataModule
-from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
-from blemish.data.splits import Splits
+from blemish.data.datasets import TrainingTiles, ValidationTiles
 from blemish.errors import CheckpointError, ConfigError
-from blemish.preprocess import Preprocess
+from blemish.files import explain_write_errors
 from blemish.scores import Score
-from blemish.tiling import Tiling
 from blemish.training.callbacks import Panel
 from blemish.training.objectives import ReconstructionObjective
 from blemish.training.task import ReconstructionTask
 
-BEST, LAST = "best", "last"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,12 @@ class TrainingSettings:
 
 def fit(
     run: Path,
-    splits: Splits,
+    tiles: TrainingTiles,
+    validation: ValidationTiles,
     model: nn.Module,
     objective: ReconstructionObjective,
     score: Score,
     corruption: Corruption,
-    augment: Augmentation | None,
-    preprocess: Preprocess,
-    tiling: Tiling,
     settings: TrainingSettings,
     trainer: Mapping[str, Any],
     seed: int,
@@ -94,22 +91,15 @@ def fit(
     If `run` holds a last checkpoint, training continues from it, to the same weights as if it had never stopped.
 
     Args:
+        score: for the pictures in TensorBoard.
         trainer: arguments for `pytorch_lightning.Trainer` (accelerator, devices, strategy, precision, ...).
 
     Raises:
-        DataError: an image cannot be read. CheckpointError: the last checkpoint is damaged or diverged.
+        BlemishError: the disk is full.
+        KeyboardInterrupt: Ctrl-C.
     """
     _quieten()
-    limit = settings.cache_gb * 2**30
-    images = ImageCache([r.record.path for r in splits.of("train")], preprocess, limit, "train", progress)
-    held_out = ImageCache([r.record.path for r in splits.of("validation")], preprocess, limit / 8, "validate", progress)
-    data = TileDataModule(
-        TrainingTiles(images, tiling.size, seed, augment),
-        ValidationTiles(held_out, tiling),
-        settings.batch_size,
-        settings.steps_per_epoch,
-        settings.workers,
-    )
+    data = TileDataModule(tiles, validation, settings.batch_size, settings.steps_per_epoch, settings.workers)
     task = ReconstructionTask(
         model,
         objective,
@@ -121,8 +111,8 @@ def fit(
         settings.channels_last,
     )
     best = ModelCheckpoint(
-        run / "checkpoints",
-        filename=BEST,
+        run / CHECKPOINTS,
+        filename="best",
         monitor="val/loss",
         save_last=True,
         enable_version_counter=False,
@@ -144,19 +134,37 @@ def fit(
         enable_model_summary=False,
         enable_progress_bar=progress,
     )
-    last = run / "checkpoints" / f"{LAST}.ckpt"
+    last = run / CHECKPOINTS / "last.ckpt"
     try:
-        lightning.fit(task, data, ckpt_path=last if last.is_file() else None, weights_only=True)
+        with explain_write_errors(run):
+            lightning.fit(task, data, ckpt_path=last if last.is_file() else None, weights_only=True)
     except SystemExit as stopped:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from stopped
-    if not best.best_model_path:
-        raise CheckpointError(
-            f"Training in {run} diverged: the validation loss was never finite; lower training.learning_rate."
-        )
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    model.load_state_dict(
-        {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-    )
+    return load_best(run, model)
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Raise ConfigError if Lightning cannot work with these arguments on this machine."""
+    _quieten()
+    try:
+        pl.Trainer(**trainer, logger=False, enable_checkpointing=False)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"The settings of trainer do not fit: {error}") from error
+
+
+def load_best(run: Path, model: nn.Module) -> nn.Module:
+    """Load the weights of the best validation loss into `model`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    path = run / CHECKPOINTS / "best.ckpt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"Cannot load {path}: it is missing or damaged; start a new run.") from error
+    weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    model.load_state_dict(weights)
     return model
 
 

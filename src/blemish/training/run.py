@@ -1,0 +1,207 @@
+"""A training from settings to a finished run folder: prepare, train, calibrate, evaluate; or resume one."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from blemish import __version__, pipeline
+from blemish.build import build, build_section
+from blemish.calibration import Calibration, Promise
+from blemish.checkpoint import assemble, build_model, save_detector
+from blemish.data.corruption import Corruption
+from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
+from blemish.data.images import probe
+from blemish.data.records import SPLITS, Record, Split
+from blemish.data.splits import Splits, split_records
+from blemish.errors import ConfigError, DataError, ImageError
+from blemish.files import write_csv, write_json, write_text
+from blemish.scores import Score
+from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
+from blemish.training.objectives import ReconstructionObjective
+
+CONFIG_FILE, RUN_FILE, SPLITS_FILE = "config.yaml", "run.json", "splits.csv"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a training led to; `metrics` is None where the data have no test part."""
+
+    calibration: Calibration
+    metrics: dict[str, Any] | None
+
+
+def start(run: Path, settings: dict[str, Any], records: Sequence[Record], overrides: Sequence[str]) -> Finished:
+    """Train in the new folder `run`. It is made only when settings and images have proved sound.
+
+    Args:
+        settings: the resolved settings of `blemish train`.
+        overrides: as given on the command line, for the record.
+
+    Raises:
+        ConfigError, DataError, CalibrationError: before anything is written, where possible.
+    """
+    splits = _split(records, settings)
+    parts = _Parts.build(settings, splits)
+    write_text(run / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
+    rows = (
+        {
+            "path": str(item.record.path),
+            "split": item.record.split,
+            "kind": item.record.kind,
+            "unit": item.unit,
+            "sha256": item.digest,
+        }
+        for item in splits.records
+    )
+    write_csv(run / SPLITS_FILE, ("path", "split", "kind", "unit", "sha256"), rows)
+    about = {
+        "software": "blemish",
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seed": settings["seed"],
+        "overrides": list(overrides),
+        "data_fingerprint": splits.fingerprint(),
+        "images": {name: len(splits.of(name)) for name in SPLITS},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "status": "training",
+    }
+    write_json(run / RUN_FILE, about)
+    return _go_on(run, settings, splits, parts, about)
+
+
+def resume(run: Path, read: Any) -> Finished:
+    """Continue the training in `run` from its last checkpoint, to the weights it would have had.
+
+    Args:
+        read: from the settings' `data` section to records.
+
+    Raises:
+        ConfigError: there is nothing to resume, or the images have changed.
+    """
+    if not (run / CONFIG_FILE).is_file() or not (run / RUN_FILE).is_file():
+        raise ConfigError(f"Nothing to resume in {run}: expected the folder of an interrupted `blemish train`.")
+    about = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    if about["status"] == "done":
+        raise ConfigError(f"The training in {run} is finished: nothing to resume.")
+    settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    splits = _split(read(settings["data"]), settings)
+    changed = [name for name, value in splits.fingerprint().items() if value != about["data_fingerprint"][name]]
+    if changed:
+        raise ConfigError(f"The images changed since {run} was started (part: {', '.join(changed)}): start a new run.")
+    return _go_on(run, settings, splits, _Parts.build(settings, splits), about)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """All that is built from settings and images before a run folder is made."""
+
+    model: nn.Module
+    objective: ReconstructionObjective
+    score: Score
+    corruption: Corruption
+    training: TrainingSettings
+    tiles: TrainingTiles
+    validation: ValidationTiles
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any], splits: Splits) -> _Parts:
+        training: TrainingSettings = build_section(TrainingSettings, settings, "training")
+        check_trainer(settings["trainer"])
+        torch.manual_seed(settings["seed"])
+        model = build_model(settings)
+        objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
+        # The detector's own parts, so that training cuts and converts just as prediction will.
+        detector = assemble(settings, model)
+        augment = build(settings["augment"], where="augment") if settings["augment"]["transforms"] else None
+        limit = training.cache_gb * 2**30
+
+        def cached(split: Split, share: float) -> ImageCache:
+            paths = [item.record.path for item in splits.of(split)]
+            return ImageCache(paths, detector.preprocess, share * limit, split)
+
+        images, held_out = cached("train", 0.9), cached("validation", 0.1)
+        tiles = TrainingTiles(images, detector.tiling.size, settings["seed"], augment)
+        validation = ValidationTiles(held_out, detector.tiling)
+        return cls(model, objective, score, corruption, training, tiles, validation)
+
+
+def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
+    """Split, and refuse before training what calibration would refuse after it."""
+    if settings["seed"] < 0:
+        raise ConfigError(f"Expected seed >= 0, found {settings['seed']}.")
+    promise = _promise(settings)
+    splits = split_records(records, settings["seed"], **settings["split"], needed=promise.needed)
+    promise.rank(len({item.unit for item in splits.of("calibration")}))
+    if splits.dropped:
+        print(f"left out: {splits.dropped} training images whose content or group is also in the test part")
+    return splits
+
+
+def _promise(settings: Mapping[str, Any]) -> Promise:
+    fields = {key: value for key, value in settings["calibration"].items() if key != "mask_rule"}
+    promise: Promise = build_section(Promise, {"calibration": fields}, "calibration")
+    return promise
+
+
+def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts, about: dict[str, Any]) -> Finished:
+    """From a prepared folder to a finished one; steps that are done are not done again."""
+    if about["status"] == "trained":
+        model = load_best(run, parts.model)
+    else:
+        model = fit(
+            run,
+            parts.tiles,
+            parts.validation,
+            parts.model,
+            parts.objective,
+            parts.score,
+            parts.corruption,
+            parts.training,
+            settings["trainer"],
+            settings["seed"],
+        )
+        # Early stopping would let a resumed training go one epoch further.
+        about["status"] = "trained"
+        write_json(run / RUN_FILE, about)
+    trained_on = sorted(item.digest for name in SPLITS[:2] for item in splits.of(name))
+    detector = assemble(settings, model, about=about)
+    calibration = pipeline.calibrate(
+        detector, splits.of("calibration"), _promise(settings), settings["calibration"]["mask_rule"]
+    )
+    about["status"] = "done"
+    save_detector(run, settings, model, calibration, about | {"trained_on": trained_on})
+    metrics = None
+    if test := [item.record for item in splits.of("test")]:
+        metrics = pipeline.evaluate(detector.calibrated(calibration), test, run)
+    write_json(run / RUN_FILE, about)
+    return Finished(calibration, metrics)
+
+
+def common_channels(paths: Iterable[Path]) -> int:
+    """1 if every image is grey, 3 if every image has colour; unreadable ones are left for the decoder to report.
+
+    Raises:
+        DataError: the images mix both.
+    """
+    first: dict[int, Path] = {}
+    for path in paths:
+        try:
+            first.setdefault(probe(path).channels, path)
+        except ImageError:
+            continue
+    if len(first) == 2:
+        raise DataError(
+            f"The images mix grey ({first[1]}) and colour ({first[3]}): set image.channels=1 to make all grey, or 3."
+        )
+    return next(iter(first), 1)

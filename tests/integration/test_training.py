@@ -1,0 +1,202 @@
+"""Training: reproducible, resumable to the same bits, and visible in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from blemish import load_detector
+from blemish.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+# Everything that draws random numbers takes part: corruption, augmentation, a sampled code.
+RANDOM = ("model=vae", "augment=light", "corruption=coarse_noise", "training.steps=12", "training.patience=null")
+DIE = """
+import os, signal, sys
+from blemish.cli import main
+from blemish.training.task import ReconstructionTask
+step = ReconstructionTask.training_step
+def dying(self, batch, batch_idx):
+    if self.current_epoch == 3 and batch_idx == 1:
+        os.kill(os.getpid(), signal.{})
+    return step(self, batch, batch_idx)
+ReconstructionTask.training_step = dying
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data, tiny, run_cli, tmp_path_factory):
+    """The training that was never interrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", *tiny, *RANDOM]).code == 0
+    return run
+
+
+@pytest.fixture
+def train(run_cli, tiny_data, tiny, tmp_path):
+    """Train with more settings; return the run folder."""
+
+    def run(*settings, name="run"):
+        out = tmp_path / name
+        result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={out}", *tiny, *settings])
+        assert result.code == 0, result.err
+        return out
+
+    return run
+
+
+def assert_same_weights(run, other):
+    ours, theirs = read_checkpoint(run)["state_dict"], read_checkpoint(other)["state_dict"]
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_same_seed_gives_the_same_bits(train, tiny_run):
+    again = train()
+    assert_same_weights(again, tiny_run)
+    assert read_checkpoint(again)["calibration"]["image_scores"] == read_checkpoint(tiny_run)["calibration"]["image_scores"]
+
+
+def test_another_seed_gives_other_weights_and_parts(train, tiny_run):
+    other = train("seed=1")
+    ours, theirs = read_checkpoint(other)["state_dict"], read_checkpoint(tiny_run)["state_dict"]
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (other / "splits.csv").read_text() != (tiny_run / "splits.csv").read_text()
+
+
+@pytest.mark.parametrize("setting", ["training.cache_gb=0", "training.workers=1"])
+def test_how_tiles_are_prepared_changes_no_bit(train, tiny_run, setting):
+    assert_same_weights(train(setting), tiny_run)
+
+
+@pytest.mark.parametrize(("signal", "code"), [("SIGKILL", -9), ("SIGINT", 130)])
+def test_interrupted_training_resumes_to_the_same_bits(
+    spawn_cli, run_cli, tiny_data, tiny, whole, tmp_path, signal, code
+):
+    run = tmp_path / "run"
+    stopped = spawn_cli(
+        ["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", *tiny, *RANDOM], code=DIE.format(signal)
+    )
+    assert stopped.returncode == code
+    assert "Traceback" not in stopped.stderr
+    if signal == "SIGINT":
+        assert stopped.stderr.splitlines()[-1].startswith("blemish: interrupted")
+    assert not (run / "detector.pt").exists() and (run / "checkpoints/last.ckpt").is_file()
+    assert json.loads((run / "run.json").read_text())["status"] == "training"
+
+    resumed = run_cli(["train", f"resume={run}"])
+    assert resumed.code == 0, resumed.err
+    assert_same_weights(run, whole)
+    ours, theirs = read_checkpoint(run)["calibration"], read_checkpoint(whole)["calibration"]
+    assert ours["image_scores"] == theirs["image_scores"]
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
+def test_training_stopped_before_its_first_checkpoint_starts_over(train, run_cli, tiny_run, run_copy):
+    for name in ("detector.pt", "card.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+        (run_copy / name).unlink()
+    about = json.loads((run_copy / "run.json").read_text())
+    (run_copy / "run.json").write_text(json.dumps(about | {"status": "training"}))
+    resumed = run_cli(["train", f"resume={run_copy}"])
+    assert resumed.code == 0, resumed.err
+    assert_same_weights(run_copy, tiny_run)
+
+
+def test_finished_training_is_not_resumed(run_cli, run_copy):
+    before = (run_copy / "detector.pt").read_bytes()
+    result = run_cli(["train", f"resume={run_copy}"])
+    assert result.code == 2 and "finished" in result.sentences[0]
+    assert (run_copy / "detector.pt").read_bytes() == before
+
+
+def test_resume_takes_no_other_settings(run_cli, run_copy):
+    result = run_cli(["train", f"resume={run_copy}", "training.steps=8"])
+    assert result.code == 2 and "leave out training.steps=8" in result.sentences[0]
+
+
+def test_resume_refuses_changed_images(run_cli, tiny, mvtec_root, save, texture, tmp_path):
+    run = tmp_path / "run"
+    assert run_cli(["train", "data=mvtec", f"data.root={mvtec_root}", f"out={run}", *tiny]).code == 0
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"status": "training"}))
+    (run / "detector.pt").unlink()
+    save(mvtec_root / "train/good/new.png", texture(500))
+    result = run_cli(["train", f"resume={run}"])
+    assert result.code == 2 and "images changed" in result.sentences[0]
+
+
+def test_damaged_checkpoint_is_one_sentence(run_cli, run_copy):
+    about = json.loads((run_copy / "run.json").read_text())
+    (run_copy / "run.json").write_text(json.dumps(about | {"status": "training"}))
+    (run_copy / "detector.pt").unlink()
+    (run_copy / "checkpoints/last.ckpt").write_bytes(b"damaged")
+    result = run_cli(["train", f"resume={run_copy}"])
+    assert result.code == 2 and len(result.sentences) == 1 and "last.ckpt" in result.sentences[0]
+
+
+def test_tensorboard_shows_losses_rates_and_a_picture(tiny_run):
+    events = EventAccumulator(str(tiny_run / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/reconstruction", "val/loss", "val/score"} <= set(tags["scalars"])
+    assert any(tag.startswith("lr") for tag in tags["scalars"])
+    assert [event.step for event in events.Scalars("val/loss")] == [1, 3]
+    for tag in tags["scalars"]:
+        assert all(np.isfinite(event.value) for event in events.Scalars(tag))
+    (picture, *_) = events.Images("panel/input_expected_score")
+    assert picture.height > 3 * 32 and picture.width > 32
+
+
+def test_loss_falls(train):
+    run = train("training.steps=40", "training.steps_per_epoch=10", "training.patience=null")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("val/loss")]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("trainer.precision=bf16-mixed",),
+        ("training.channels_last=false",),
+        ("model=vae", "model.latent=flat", "objective.warmup_steps=2", "objective.free_bits=0.1"),
+        ("residual=gradient", "image.channels=3", "image.max_side=40", "smoothing.sigma=0", "augment=flips"),
+    ],
+    ids=["bf16", "contiguous", "flat vae", "colour"],
+)
+def test_variants_train_to_a_detector_that_predicts(train, tiny_data, settings):
+    prediction = load_detector(train(*settings))(tiny_data / "test/blob/000.png")
+    assert prediction.score_map.shape == (40, 48) and np.isfinite(prediction.score_map).all()
+    assert prediction.is_anomalous == prediction.mask.any()
+
+
+def test_early_stopping_ends_a_training_that_does_not_improve(train):
+    run = train("training.steps=40", "training.learning_rate=1e-12", "training.patience=2")
+    steps = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert steps < 40
+
+
+def test_diverged_training_is_one_sentence(run_cli, tiny_data, tiny, tmp_path):
+    settings = ("training.learning_rate=1e30", "trainer.gradient_clip_val=null")
+    result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}", *tiny, *settings])
+    assert result.code == 2, result.out
+    assert len(result.sentences) == 1 and "diverged" in result.sentences[0]
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_detector(spawn_cli, tiny_data, tiny, tmp_path):
+    run = tmp_path / "run"
+    settings = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+    result = spawn_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", *tiny, *settings])
+    assert result.returncode == 0, result.stderr
+    assert load_detector(run)(tiny_data / "test/blob/000.png").score_map.shape == (40, 48)
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
