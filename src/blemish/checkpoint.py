@@ -144,10 +144,15 @@ def load_detector(run: str | Path, device: str = "auto", trusted: Sequence[str] 
     except RuntimeError as error:
         raise CheckpointError(f"The weights in {run} do not fit its model: {str(error).splitlines()[0]}") from error
     calibration = Calibration.from_dict(content["calibration"]) if content["calibration"] else None
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return assemble(content["config"], model, calibration, content["about"], pick_device(device), allowed)
+
+
+def pick_device(name: str) -> str:
+    """ "auto" becomes the GPU if there is one; other names are tried. Raises ConfigError if one cannot be used."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"The device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
-    return assemble(content["config"], model, calibration, content["about"], device, allowed)
+        raise ConfigError(f"The device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return name

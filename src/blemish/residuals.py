@@ -84,7 +84,7 @@ class SSIM(Residual):
 
     def _blur(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        kernel = self.window.to(x.dtype).expand(channels, 1, 1, -1)
+        kernel = self.window.to(x).expand(channels, 1, 1, -1)
         x = F.conv2d(F.pad(x, (5, 5, 5, 5), mode="reflect"), kernel, groups=channels)
         return F.conv2d(x, kernel.transpose(2, 3), groups=channels)
 
@@ -164,7 +164,7 @@ class GradientMagnitude(Residual):
         return (2 * a * b + self.c) / (a.square() + b.square() + self.c)
 
     def _magnitude(self, x: Tensor) -> Tensor:
-        gradient = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.kernel.to(x.dtype))
+        gradient = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.kernel.to(x))
         # The small number keeps the square root's slope finite on flat areas.
         return (gradient.square().sum(dim=1, keepdim=True) + 1e-12).sqrt()
 

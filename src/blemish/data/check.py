@@ -55,12 +55,13 @@ def check(
     facts.append(f"modes: {_count(info.mode for info in infos)}")
     facts.append(f"bits per channel: {_count(str(info.bits) for info in infos)}")
 
+    part = {record.path: "test" if record.split == "test" else "train" for record in images}
     double = _duplicates(readable, progress)
     facts.append(f"files with the same content: {len(double)} sets")
     problems += [
         f"The same content lies in {' and '.join(sorted(map(str, paths)))}, in different parts."
         for paths in double
-        if len({record_split(images, path) for path in paths}) > 1
+        if len({part[path] for path in paths}) > 1
     ]
     try:
         splits = split_records(readable, seed, validation, calibration, promise.needed, progress)
@@ -74,11 +75,6 @@ def check(
     if units < promise.needed:
         problems.append(promise.shortage(units))
     return CheckReport(facts, problems)
-
-
-def record_split(images: list[Record], path: Path) -> str:
-    """ "test", or "train" for all that training may draw from."""
-    return next("test" if record.split == "test" else "train" for record in images if record.path == path)
 
 
 def _look(record: Record) -> ImageInfo | ImageError:

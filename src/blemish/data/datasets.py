@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from blemish.data.augment import Augmentation
 from blemish.data.images import Pixels, read_pixels, to_unit
 from blemish.errors import DataError, ImageError
 from blemish.preprocess import Preprocess
+from blemish.streaming import map_ahead
 from blemish.tiling import Tiling, pad_to_tile
 
 
@@ -32,17 +32,14 @@ class ImageCache:
         self._paths, self._preprocess = list(paths), preprocess
         self._held: dict[int, Pixels] = {}
         used, broken = 0, []
-        bar = tqdm(total=len(paths), desc=f"reading {name}", unit="image", disable=not progress, leave=False)
-        with bar, ThreadPoolExecutor(2) as pool:
-            # In chunks, so that no more than one chunk is decoded ahead of the limit.
-            for first in range(0, len(self._paths), 64):
-                for offset, pixels in enumerate(pool.map(self._try, range(first, min(first + 64, len(self._paths))))):
-                    bar.update()
-                    if isinstance(pixels, ImageError):
-                        broken.append(pixels)
-                    elif used + pixels.nbytes <= limit:
-                        used += pixels.nbytes
-                        self._held[first + offset] = pixels
+        decoded = map_ahead(self._try, range(len(self._paths)), cost=lambda _: 0, budget=0, workers=2, most=8)
+        bar = tqdm(decoded, f"reading {name}", len(self._paths), unit="image", disable=not progress, leave=False)
+        for index, pixels in enumerate(bar):
+            if isinstance(pixels, ImageError):
+                broken.append(pixels)
+            elif used + pixels.nbytes <= limit:
+                used += pixels.nbytes
+                self._held[index] = pixels
         if broken:
             raise DataError(
                 f"{len(broken)} of {len(paths)} images of the {name} part cannot be used. {broken[0]} "

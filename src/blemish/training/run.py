@@ -17,7 +17,7 @@ from torch import nn
 from blemish import __version__, pipeline
 from blemish.build import build, build_section
 from blemish.calibration import Calibration, Promise
-from blemish.checkpoint import assemble, build_model, save_detector
+from blemish.checkpoint import assemble, build_model, pick_device, save_detector
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
 from blemish.data.images import probe
@@ -175,7 +175,8 @@ def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts
         about["status"] = "trained"
         write_json(run / RUN_FILE, about)
     trained_on = sorted(item.digest for name in SPLITS[:2] for item in splits.of(name))
-    detector = assemble(settings, model, about=about)
+    device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
+    detector = assemble(settings, model, about=about, device=device)
     calibration = pipeline.calibrate(
         detector, splits.of("calibration"), _promise(settings), settings["calibration"]["mask_rule"]
     )
