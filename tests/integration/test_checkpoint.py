@@ -130,7 +130,9 @@ def test_pickled_object_is_refused_and_not_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("section", ["model", "score"])
-@pytest.mark.parametrize("target", ["os.getcwd", "blemishes.Model", "torch.hub.load", "builtins.eval", "torch.nnx.Linear"])
+@pytest.mark.parametrize(
+    "target", ["os.getcwd", "blemishes.Model", "torch.hub.load", "builtins.eval", "torch.nnx.Linear"]
+)
 def test_target_outside_the_trusted_packages_is_refused(run_copy, section, target):
     rewrite(run_copy, lambda content: content["config"].update({section: {"_target_": target}}))
     with pytest.raises(ConfigError, match="outside the trusted packages") as caught:
@@ -183,7 +185,7 @@ def test_damaged_file_is_one_sentence(run_copy, content):
 
 
 def test_missing_file_is_one_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match="No detector found at .*detector.pt"):
+    with pytest.raises(CheckpointError, match=r"No detector found at .*detector.pt"):
         load_detector(tmp_path)
 
 

@@ -111,7 +111,7 @@ def test_scorer_sees_full_tiles_in_the_unit_interval_and_no_more_than_a_batch():
 
     list(detector(scorer=scorer, batch=4, channels=3).score_maps([noise((50, 60, 3), seed) for seed in range(3)]))
     assert all(shape[0] <= 4 and shape[1:] == (3, 16, 16) for shape, *_ in seen)
-    assert all(dtype == np.float32 and 0 <= low and high <= 1 for _, dtype, low, high in seen)
+    assert all(dtype == np.float32 and low >= 0 and high <= 1 for _, dtype, low, high in seen)
 
 
 def test_no_images_give_no_maps():
@@ -197,7 +197,9 @@ def test_map_that_is_not_finite_is_refused(value, sigma):
         calibrated(scorer=scorer, sigma=sigma)(noise((20, 30)))
 
 
-@pytest.mark.parametrize("shape", [lambda b, t: (b, 1, t, t), lambda b, t: (b, t // 2, t // 2), lambda b, t: (b - 1, t, t)])
+@pytest.mark.parametrize(
+    "shape", [lambda b, t: (b, 1, t, t), lambda b, t: (b, t // 2, t // 2), lambda b, t: (b - 1, t, t)]
+)
 def test_scorer_of_the_wrong_shape_is_found_out(shape):
     def scorer(tiles):
         return np.zeros(shape(len(tiles), tiles.shape[-1]), np.float32)

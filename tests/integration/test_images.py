@@ -45,7 +45,9 @@ def write_png16(path, pixels, colour_type):
 
 
 def with_png_orientation(content, orientation):
-    exif = b"MM\x00\x2a\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01" + struct.pack(">HHI", orientation, 0, 0)
+    exif = b"MM\x00\x2a\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01" + struct.pack(
+        ">HHI", orientation, 0, 0
+    )
     chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
     return content[:33] + chunk + content[33:]
 

@@ -156,7 +156,7 @@ def test_manifest_may_have_two_columns_and_a_byte_order_mark(manifest):
 
 @pytest.mark.parametrize("columns", ["path", "label,mask", "path,label,colour", ""])
 def test_manifest_with_wrong_columns_is_refused(manifest, columns):
-    with pytest.raises(DataError, match="has the columns .* expected path and label"):
+    with pytest.raises(DataError, match=r"has the columns .* expected path and label"):
         manifest("img/a.png,good,x", columns=columns)
 
 
@@ -317,7 +317,7 @@ def test_explicit_share_is_taken(distinct):
     "shares", [{"validation": 0}, {"validation": 1}, {"calibration": 0}, {"validation": 0.5, "calibration": 0.5}]
 )
 def test_shares_out_of_range_are_refused(distinct, shares):
-    with pytest.raises(ConfigError, match="split.validation and split.calibration"):
+    with pytest.raises(ConfigError, match=r"split.validation and split.calibration"):
         split(distinct(10), **shares)
 
 

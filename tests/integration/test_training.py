@@ -61,7 +61,10 @@ def assert_same_weights(run, other):
 def test_same_seed_gives_the_same_bits(train, tiny_run):
     again = train()
     assert_same_weights(again, tiny_run)
-    assert read_checkpoint(again)["calibration"]["image_scores"] == read_checkpoint(tiny_run)["calibration"]["image_scores"]
+    assert (
+        read_checkpoint(again)["calibration"]["image_scores"]
+        == read_checkpoint(tiny_run)["calibration"]["image_scores"]
+    )
 
 
 def test_another_seed_gives_other_weights_and_parts(train, tiny_run):

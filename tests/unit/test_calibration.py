@@ -72,7 +72,7 @@ def test_smallest_alpha_is_where_n_begins_to_be_enough(rule, n):
 @pytest.mark.parametrize("rule", ["marginal", "pac"])
 def test_no_images_promise_nothing(rule):
     assert Promise(0.5, rule).smallest_alpha(0) == 1
-    with pytest.raises(CalibrationError, match="^0 calibration images are too few"):
+    with pytest.raises(CalibrationError, match=r"^0 calibration images are too few"):
         Promise(0.5, rule).rank(0)
 
 
@@ -299,7 +299,9 @@ def test_promise_holds_for_every_image_of_a_new_group(size):
     assert low <= count <= high
 
 
-@pytest.mark.parametrize(("alpha", "delta", "n"), [(0.05, 0.05, 59), (0.1, 0.1, 100), (0.2, 0.3, 12), (0.02, 0.05, 400)])
+@pytest.mark.parametrize(
+    ("alpha", "delta", "n"), [(0.05, 0.05, 59), (0.1, 0.1, 100), (0.2, 0.3, 12), (0.02, 0.05, 400)]
+)
 def test_pac_fails_as_rarely_as_delta_says(alpha, delta, n):
     rng, repeats, promise = np.random.default_rng(n), 1200, Promise(alpha, "pac", delta)
     # Of uniform scores, a share 1 - t lies beyond the threshold t.
@@ -345,7 +347,7 @@ def test_units_with_negative_scores_keep_them():
 
 
 def test_units_are_what_is_counted_against_the_need():
-    with pytest.raises(CalibrationError, match="^8 calibration images are too few"):
+    with pytest.raises(CalibrationError, match=r"^8 calibration images are too few"):
         fit(list(range(80)), Promise(0.1), [str(i % 8) for i in range(80)])
 
 
@@ -419,7 +421,16 @@ def test_card_with_a_promise_it_cannot_keep_is_refused():
 
 @pytest.mark.parametrize(
     "key",
-    ["promise", "image_scores", "mask_scores", "image_threshold", "mask_threshold", "mask_rule", "fingerprint", "images"],
+    [
+        "promise",
+        "image_scores",
+        "mask_scores",
+        "image_threshold",
+        "mask_threshold",
+        "mask_rule",
+        "fingerprint",
+        "images",
+    ],
 )
 def test_card_without_a_field_is_refused(key):
     card = calibrated().to_dict()

@@ -1,5 +1,7 @@
 """Curves over all thresholds against scikit-learn and brute force."""
 
+from itertools import pairwise
+
 import cv2
 import numpy as np
 import pytest
@@ -171,7 +173,7 @@ def brute_force_aupro(pairs, limit):
         overlap = np.mean([np.mean(region >= threshold) for region in regions])
         points.append((float(np.mean(normal >= threshold)), float(overlap)))
     area = 0.0
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 >= limit or x1 == x0:
             continue
         end = min(x1, limit)

@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score, recall_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    jaccard_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
 from blemish.detector import Prediction
 from blemish.evaluation.metrics import Confusion, Evaluation, clopper_pearson
@@ -20,7 +27,7 @@ def predicted(score_map):
 
 def map_of(seed, top, size=(12, 10)):
     """Scores in 64ths, the largest of them `top`, so that binned figures are exact."""
-    score_map = np.random.default_rng(seed).integers(0, 25, size).astype(np.float32) / 64
+    score_map = np.random.default_rng(seed).integers(8, 25, size).astype(np.float32) / 64
     score_map[2, 3] = top
     return score_map
 
@@ -55,7 +62,10 @@ def test_confusion_figures_against_sklearn():
     rng = np.random.default_rng(0)
     truth, found = rng.random(300) < 0.3, rng.random(300) < 0.4
     confusion = Confusion(
-        int((truth & found).sum()), int((~truth & found).sum()), int((truth & ~found).sum()), int((~truth & ~found).sum())
+        int((truth & found).sum()),
+        int((~truth & found).sum()),
+        int((truth & ~found).sum()),
+        int((~truth & ~found).sum()),
     )
     assert confusion.precision() == pytest.approx(precision_score(truth, found))
     assert confusion.recall() == pytest.approx(recall_score(truth, found))

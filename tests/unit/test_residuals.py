@@ -167,7 +167,9 @@ def test_ssim_against_skimage_with_colour():
         channel_axis=0,
     )
     inside = np.s_[5:-5, 5:-5]
-    np.testing.assert_allclose(1 - 2 * SSIM()(x, y)[0, 0].numpy()[inside], full.mean(axis=0)[inside], atol=SSIM_ROUNDING)
+    np.testing.assert_allclose(
+        1 - 2 * SSIM()(x, y)[0, 0].numpy()[inside], full.mean(axis=0)[inside], atol=SSIM_ROUNDING
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -317,7 +319,13 @@ def test_weighted_sum_refuses_weights_that_do_not_fit(terms, weights):
 
 @pytest.mark.parametrize(
     ("residual", "smallest"),
-    [(SSIM(), 6), (MultiScaleSSIM(1), 6), (MultiScaleSSIM(4), 48), (GradientMagnitude(1), 2), (GradientMagnitude(3), 8)],
+    [
+        (SSIM(), 6),
+        (MultiScaleSSIM(1), 6),
+        (MultiScaleSSIM(4), 48),
+        (GradientMagnitude(1), 2),
+        (GradientMagnitude(3), 8),
+    ],
 )
 def test_smallest_tile_fits_and_a_smaller_one_is_refused(residual, smallest):
     fits = torch.zeros(1, 1, smallest, smallest)

@@ -1,5 +1,7 @@
 """Tiling: what is scored tile by tile comes back exact, whatever the sizes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -68,7 +70,9 @@ def test_any_size_comes_back_exactly(shape, tiling, dtype):
 @pytest.mark.parametrize("value", [1e-30, 1 / 3, 0.1, 12345.678])
 def test_a_constant_score_is_that_very_value(value):
     images = np.zeros((1, 45, 52, 1), np.float32)
-    result = apply_tiled(lambda tiles: np.full(tiles.shape[:1] + tiles.shape[2:], value, np.float32), images, Tiling(16))
+    result = apply_tiled(
+        lambda tiles: np.full(tiles.shape[:1] + tiles.shape[2:], value, np.float32), images, Tiling(16)
+    )
     assert (result == np.float32(value)).all()
 
 
@@ -89,16 +93,16 @@ def test_blend_stays_between_the_tiles_scores():
 def test_starts_cover_the_axis_in_order(length, tiling):
     starts = tiling.starts(length)
     assert starts[0] == 0
-    assert all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    assert all(a < b for a, b in pairwise(starts))
     assert starts[-1] == max(0, length - tiling.size)
-    assert all(b - a <= tiling.size for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= tiling.size for a, b in pairwise(starts))
 
 
 @given(length=st.integers(1, 400), tiling=tilings)
 @REPEATABLE
 def test_neighbours_overlap_at_least_as_asked(length, tiling):
     starts = tiling.starts(length)
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in pairwise(starts):
         shared = a + tiling.size - b
         # Tiles that move by a single pixel cannot share more.
         assert shared >= tiling.size * tiling.overlap - 1e-9 or b - a == 1

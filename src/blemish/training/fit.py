@@ -101,7 +101,7 @@ def fit(
     _quieten()
     data = TileDataModule(tiles, validation, settings.batch_size, settings.steps_per_epoch, settings.workers)
     task = ReconstructionTask(
-        model,
+        model.train(),  # Lightning keeps the mode that it finds
         objective,
         corruption,
         settings.learning_rate,

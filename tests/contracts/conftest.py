@@ -1,0 +1,33 @@
+"""What the contracts share: the settings of `blemish train` as they would be used."""
+
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from blemish.cli import config_folder
+
+
+@cache
+def composed(*overrides):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", ["data.root=.", *overrides])
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+@pytest.fixture(scope="session")
+def settings():
+    """Compose `train` with some overrides, resolved to plain data that may be changed."""
+    return lambda *overrides: deepcopy(composed(*overrides))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other cost more than these small tensors, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,111 @@
+"""Every file in configs composes, and fits the code that it names."""
+
+import inspect
+from pydoc import locate
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from pytorch_lightning import Trainer
+
+from blemish.build import build
+from blemish.cli import config_folder
+from blemish.commands import ACTIONS
+
+GROUPS = ("model", "residual", "corruption", "augment", "data", "trainer")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
+every_option = pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}-{o}" for g, o in OPTIONS])
+
+
+def targets(config, where=""):
+    """Each part of a config that names a target, with the place where it stands."""
+    if isinstance(config, dict):
+        if "_target_" in config:
+            yield where, config
+        for key, value in config.items():
+            yield from targets(value, f"{where}.{key}")
+    elif isinstance(config, list):
+        for position, value in enumerate(config):
+            yield from targets(value, f"{where}[{position}]")
+
+
+def assert_fits(config):
+    for where, part in targets(config):
+        target = locate(part["_target_"])
+        assert callable(target), f"{where}: there is no {part['_target_']}"
+        inspect.signature(target).bind(**{key: value for key, value in part.items() if key != "_target_"})
+
+
+def test_every_folder_of_options_is_covered():
+    assert sorted(path.name for path in config_folder().iterdir() if path.is_dir()) == sorted(GROUPS)
+    assert {group for group, _ in OPTIONS} == set(GROUPS)
+
+
+@every_option
+def test_option_composes_and_fits_its_target(settings, group, option):
+    composed = settings(f"{group}={option}", "image.channels=1")
+    own = yaml.safe_load((config_folder() / group / f"{option}.yaml").read_text("utf-8"))
+    assert composed[group].keys() == own.keys()
+    assert composed[group].get("_target_") == own.get("_target_")
+    assert_fits(composed)
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "residual"])
+def test_training_and_scoring_use_the_residual_that_was_chosen(settings, option):
+    composed = settings(f"residual={option}", "image.channels=1")
+    assert composed["objective"]["residual"] == composed["score"]["residual"] == composed["residual"]
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "model"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_models_follow_the_channels_and_the_tiles(settings, option, channels):
+    model = settings(f"model={option}", f"image.channels={channels}", "tiling.size=96")["model"]
+    assert model.get("channels", channels) == channels
+    assert model.get("tile_size", 96) == 96
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "trainer"])
+def test_trainers_know_their_arguments(settings, option):
+    assert (
+        settings(f"trainer={option}", "image.channels=1")["trainer"].keys()
+        <= inspect.signature(Trainer).parameters.keys()
+    )
+
+
+@pytest.mark.parametrize("group", ["corruption", "augment"])
+def test_options_without_side_effects_build(settings, group):
+    for option in [option for of_group, option in OPTIONS if of_group == group]:
+        assert callable(build(settings(f"{group}={option}", "image.channels=1")[group], where=group))
+
+
+def test_there_is_a_config_for_every_verb_and_no_other():
+    assert {path.stem for path in config_folder().glob("*.yaml")} == set(ACTIONS)
+
+
+@pytest.mark.parametrize("verb", sorted(ACTIONS))
+def test_verb_composes_and_fits_its_targets(verb):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose(verb)
+    assert_fits(OmegaConf.to_container(config, resolve=True))
+
+
+def test_settings_fit_the_classes_they_are_handed_to(settings):
+    from blemish.calibration import Promise
+    from blemish.postprocess import Cleaning, Smoothing
+    from blemish.preprocess import Preprocess
+    from blemish.tiling import Tiling
+    from blemish.training.fit import TrainingSettings
+
+    composed = settings("data=folder", "image.channels=1")
+    calibration = composed["calibration"]
+    calibration.pop("mask_rule")
+    for kind, arguments in (
+        (Promise, calibration),
+        (Cleaning, composed["cleaning"]),
+        (Smoothing, composed["smoothing"]),
+        (Preprocess, composed["image"]),
+        (Tiling, composed["tiling"]),
+        (TrainingSettings, composed["training"]),
+    ):
+        assert vars(kind(**arguments)) == arguments

@@ -1,0 +1,237 @@
+"""What every model in configs/model promises; a new file joins by itself."""
+
+import io
+
+import pytest
+import torch
+
+from blemish.build import TRUSTED, build
+from blemish.cli import config_folder
+from blemish.errors import ConfigError
+from blemish.models.contracts import Gaussian, Output
+
+FILES = sorted((config_folder() / "model").glob("*.yaml"))
+every_model = pytest.mark.parametrize("name", [file.stem for file in FILES])
+halving_model = pytest.mark.parametrize("name", [file.stem for file in FILES if "\ndepth:" in file.read_text("utf-8")])
+every_channels = pytest.mark.parametrize("channels", [1, 3])
+SIZE = 64
+
+
+def tiles(channels=1, size=SIZE, count=3, seed=0):
+    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def make(settings):
+    """A fresh model, built as `blemish train` builds it; one that fits in one pass has had its pass."""
+
+    def build_model(name, channels=1, size=SIZE, seed=0):
+        torch.manual_seed(seed)
+        composed = settings(f"model={name}", f"image.channels={channels}", f"tiling.size={size}")
+        model = build(composed["model"], TRUSTED, "model")
+        if hasattr(model, "fit"):
+            model.fit([tiles(channels, size, seed=seed + 1)])
+        return model
+
+    return build_model
+
+
+def trained_a_little(model, x):
+    """One step of gradient, so that weights and running statistics are no longer those of the start."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if parameters:
+        optimizer = torch.optim.SGD(parameters, 0.01)
+        output = model.train()(x)
+        (output.expected - output.observed).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def expected_by(model, x):
+    return model.eval()(x).expected
+
+
+@every_model
+@every_channels
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("training", [True, False])
+def test_observed_and_expected_have_one_shape(make, name, channels, size, training):
+    x = tiles(channels, size)
+    output = make(name, channels, size).train(training)(x)
+    assert type(output) is Output
+    assert output.observed.shape == output.expected.shape
+    assert output.observed.ndim == 4
+    assert len(output.observed) == len(x)
+    assert torch.isfinite(output.observed).all()
+    assert torch.isfinite(output.expected).all()
+
+
+@every_model
+@pytest.mark.parametrize("training", [True, False])
+def test_latent_is_a_distribution_or_nothing(make, name, training):
+    latent = make(name).train(training)(tiles()).latent
+    if latent is not None:
+        assert type(latent) is Gaussian
+        assert latent.mean.shape == latent.log_variance.shape
+        assert len(latent.mean) == 3
+
+
+@every_model
+def test_input_is_left_as_it_was(make, name):
+    x = tiles()
+    make(name).train()(x)
+    assert torch.equal(x, tiles())
+
+
+@every_model
+def test_gradient_reaches_every_parameter(make, name):
+    model = make(name).train()
+    output = model(tiles())
+    parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    if parameters:
+        (output.expected - output.observed).square().mean().backward()
+    unreached = [
+        key
+        for key, value in parameters.items()
+        if value.grad is None or not value.grad.any() or value.grad.isnan().any()
+    ]
+    assert unreached == []
+
+
+@every_model
+def test_evaluation_repeats_bit_for_bit(make, name):
+    model = make(name)
+    torch.manual_seed(1)
+    first = expected_by(model, tiles())
+    torch.manual_seed(2)
+    assert torch.equal(first, expected_by(model, tiles()))
+
+
+@every_model
+def test_evaluation_changes_no_state(make, name):
+    model = trained_a_little(make(name), tiles())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected_by(model, tiles(seed=5))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@every_model
+def test_a_tile_does_not_depend_on_its_batch(make, name):
+    model = trained_a_little(make(name), tiles())
+    together = expected_by(model, tiles())
+    alone = torch.cat([expected_by(model, tile[None]) for tile in tiles()])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+@every_model
+@every_channels
+def test_weights_saved_and_loaded_give_the_same_bits(make, name, channels):
+    x = tiles(channels)
+    model = trained_a_little(make(name, channels), x)
+    saved = io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    saved.seek(0)
+    other = make(name, channels, seed=7)
+    assert not torch.equal(expected_by(model, x), expected_by(other, x))
+    other.load_state_dict(torch.load(saved, weights_only=True))
+    assert torch.equal(expected_by(model, x), expected_by(other, x))
+
+
+@every_model
+def test_memory_format_does_not_change_the_answer(make, name):
+    model = trained_a_little(make(name), tiles())
+    plain = expected_by(model, tiles())
+    model.to(memory_format=torch.channels_last)
+    other = expected_by(model, tiles().to(memory_format=torch.channels_last))
+    torch.testing.assert_close(plain, other, atol=1e-5, rtol=1e-4)
+
+
+@every_model
+@pytest.mark.parametrize("size", [37, 1])
+def test_a_tile_of_another_size_fits_or_is_refused_in_words(make, name, size):
+    model = make(name).eval()
+    x = tiles(size=size)
+    try:
+        output = model(x)
+    except ConfigError as refusal:
+        assert str(size) in str(refusal)
+    else:
+        assert output.observed.shape == output.expected.shape
+
+
+@halving_model
+@pytest.mark.parametrize("size", [37, 1, 8, 72])
+def test_a_tile_that_cannot_be_halved_is_refused(make, name, size):
+    with pytest.raises(ConfigError, match=f"{size} x {size}"):
+        make(name)(tiles(size=size))
+
+
+@pytest.fixture
+def variant(settings):
+    """A model with some of its arguments changed."""
+
+    def build_variant(name, **changes):
+        torch.manual_seed(0)
+        arguments = settings(f"model={name}", "image.channels=1", f"tiling.size={SIZE}")["model"]
+        return build(arguments | changes, TRUSTED, "model")
+
+    return build_variant
+
+
+@halving_model
+def test_a_flat_latent_fits_its_own_tile_only(variant, name):
+    model = variant(name, latent="flat").eval()
+    assert model(tiles()).expected.shape == (3, 1, SIZE, SIZE)
+    with pytest.raises(ConfigError, match=r"set model\.tile_size to tiling\.size"):
+        model(tiles(size=96))
+
+
+@halving_model
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"channels": 2}, r"model\.channels 1 \(grey\) or 3 \(colour\), found 2"),
+        ({"depth": 0}, r"model\.depth to be a positive whole number, found 0"),
+        ({"depth": 9}, r"model\.depth of at most 8"),
+        ({"width": 1.5}, r"model\.width to be a positive whole number, found 1\.5"),
+        ({"latent_dim": -4}, r"model\.latent_dim to be a positive whole number, found -4"),
+        ({"latent": "flatt"}, r"Unknown model\.latent 'flatt': did you mean 'flat'\?"),
+        ({"latent": "flat", "tile_size": None}, r"A flat latent needs model\.tile_size"),
+        ({"normalisation": "layer"}, r"Unknown model\.normalisation 'layer'"),
+        ({"activation": "rel"}, r"Unknown model\.activation 'rel': did you mean 'relu'"),
+        ({"width_": 3}, r"^model does not fit .*'width_'"),
+    ],
+)
+def test_impossible_architecture_is_refused_in_words(variant, name, change, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        variant(name, **change)
+
+
+@halving_model
+@pytest.mark.parametrize("latent", ["spatial", "flat"])
+@pytest.mark.parametrize("normalisation", ["batch", "instance", "group", "none"])
+@pytest.mark.parametrize("activation", ["silu", "relu", "leaky_relu", "gelu"])
+def test_every_variant_trains(variant, name, latent, normalisation, activation):
+    model = variant(
+        name, width=4, depth=2, tile_size=16, latent=latent, normalisation=normalisation, activation=activation
+    )
+    x = tiles(size=16)
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    losses = []
+    for _ in range(4):
+        output = model.train()(x)
+        losses.append((output.expected - output.observed).square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.98 * losses[0]
+    assert torch.isfinite(expected_by(model, x)).all()
+
+
+@every_model
+def test_half_of_autocast_stays_finite(make, name):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = make(name).train()(tiles())
+    assert torch.isfinite(output.expected).all()
