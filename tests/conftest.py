@@ -17,6 +17,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+# One thread is the fastest for tiny models, here and in the processes that tests start; set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHAPE = (40, 48)
 BLOB = (slice(12, 22), slice(20, 30))
 TINY = (

@@ -74,17 +74,38 @@ def config_folder() -> Path:
 def _run(verb: str, words: list[str]) -> int:
     if verb not in _VERBS:
         raise ConfigError(f"There is no verb '{verb}': {nearest_names(verb, _VERBS)}")
-    import hydra
+    flags = {word for word in words if word.startswith("-")}
+    sweep = bool(flags & {"--multirun", "-m"})
+    words = [_tidy(verb, word, sweep) for word in words]
+    overrides = [word for word in words if "=" in word and word not in flags]
+    strays = [word for word in words if word not in overrides and word not in flags]
+    if strays and not flags & {"--cfg", "-c"}:  # which takes a word of its own
+        raise ConfigError(f"Expected settings as KEY=VALUE, found '{strays[0]}'; see `blemish {verb} --help`.")
+    config = _compose(verb, overrides, sweep)
+    if flags:
+        return _hand_to_hydra(verb, [*overrides, *(word for word in words if word not in overrides)], sweep)
+    return ACTIONS[verb](config, overrides)
 
-    words = [_tidy(verb, word) for word in words]
-    _validate(verb, words)
-    if "--multirun" in words or "-m" in words:
+
+def _hand_to_hydra(verb: str, words: list[str], sweep: bool) -> int:
+    """Sweeps, --help, --cfg and the like; a mistake in one run of a sweep ends that run only."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    if sweep:
         out = next((word.partition("=")[2] for word in words if word.startswith("out=")), str(dated("runs")))
-        words += [f"hydra.sweep.dir={out}", "hydra.sweep.subdir=${hydra.job.num}"]
+        words = [*words, f"hydra.sweep.dir={out}", "hydra.sweep.subdir=${hydra.job.num}"]
     codes: list[int] = []
 
     def task(config: Any) -> None:
-        codes.append(_one(verb, config))
+        job = HydraConfig.get()
+        config.out = str(Path(job.sweep.dir) / str(job.sweep.subdir))
+        print(f"run {job.job.num}: {' '.join(job.overrides.task)}")
+        try:
+            codes.append(ACTIONS[verb](config, [str(word) for word in job.overrides.task]))
+        except BlemishError as error:  # said here: Hydra would print a traceback
+            print(f"blemish: {error}", file=sys.stderr)
+            codes.append(MISTAKE)
 
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)
     before = sys.argv
@@ -96,71 +117,81 @@ def _run(verb: str, words: list[str]) -> int:
     return max(codes, default=DONE)
 
 
-def _one(verb: str, config: Any) -> int:
-    """Run a verb on one composed config and return its exit code. In a sweep, a mistake ends this run only."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:
-        config.out = str(Path(job.sweep.dir) / str(job.sweep.subdir))
-        print(f"run {job.job.num}: {' '.join(job.overrides.task)}")
-    try:
-        return int(ACTIONS[verb](config, [str(word) for word in job.overrides.task]))
-    except BlemishError as error:  # said here: Hydra would print a traceback
-        print(f"blemish: {error}", file=sys.stderr)
-        return MISTAKE
-
-
 # --- the command line: paths, positionals, unknown names ------------------------------------------------------
 
 
-def _tidy(verb: str, word: str) -> str:
+def _tidy(verb: str, word: str, sweep: bool) -> str:
     """Turn a positional into KEY=VALUE, and quote paths, so that spaces, commas and brackets in them are literal."""
     if word.startswith("-"):
         return word
     if "=" not in word and verb in _POSITIONAL:
         word = f"{_POSITIONAL[verb]}={word}"
     key, _, value = word.partition("=")
-    if key in _PATHS and value and value[0] not in "['\"" and value != "null":
-        plain = re.fullmatch(r"[\w./~+-]+", value)
-        if not plain and (os.path.exists(value) or "," not in value):  # noqa: PTH110 (no Path: the word may be no path)
+    if key in _PATHS and value and value[0] not in "'\"" and not re.fullmatch(r"[\w./~+-]+", value):
+        is_list = value[0] == "[" or (sweep and "," in value)
+        if not is_list or os.path.exists(value):  # noqa: PTH110 (no Path: the word may be no path)
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
             return f"{key}='{escaped}'"
     return word
 
 
-def _validate(verb: str, words: Sequence[str]) -> None:
-    """Compose the settings once, every choice of a sweep included, to explain what Hydra would only report."""
+def _compose(verb: str, words: Sequence[str], sweep: bool) -> Any:
+    """The settings of a verb; in a sweep, those of its first run, all other choices having been tried."""
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
-    flags = [word for word in words if word.startswith("-")]
-    strays = [word for word in words if word not in overrides and word not in flags and word != "job"]
-    if strays and "--cfg" not in flags and "-c" not in flags:
-        raise ConfigError(f"Expected settings as KEY=VALUE, found '{strays[0]}'; see `blemish {verb} --help`.")
+    failures = (HydraException, OmegaConfBaseException)
+    first: list[str] = []  # the words of the first run
+    others: list[str] = []  # the further choices of a sweep
+    runs: list[Any] = []
+    defaults = _defaults(verb, words)
+    for word in words:
+        try:
+            parsed = OverridesParser.create().parse_override(word)
+        except failures as error:
+            raise ConfigError(_explain(verb, word, str(error), defaults)) from error
+        if not parsed.is_sweep_override():
+            first.append(word)
+            continue
+        if not sweep:
+            raise ConfigError(f"'{word}' names several values: add --multirun to sweep over them.")
+        choices = [f"{parsed.get_key_element()}={choice}" for choice in parsed.sweep_string_iterator()]
+        first.append(choices[0])
+        others += choices[1:]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        default = OmegaConf.to_container(compose(verb), resolve=False)
-        known = _known_names(default)
-        fixed: list[str] = []
-        for word in overrides:
+        for extra in [[], *([other] for other in others)]:
+            changed = {other.partition("=")[0] for other in extra}
+            run = [*(word for word in first if word.partition("=")[0] not in changed), *extra]
             try:
-                parsed = OverridesParser.create().parse_override(word)
-                swept = parsed.is_sweep_override()
-                choices = [str(v) for v in parsed.sweep_string_iterator()] if swept else [None]
-                if swept and not {"--multirun", "-m"} & set(flags):
-                    raise ConfigError(f"'{word}' names several values: add --multirun to sweep over them.")
-                for choice in choices:
-                    candidate = word if choice is None else f"{parsed.get_key_element()}={choice}"
-                    composed = compose(verb, [*fixed, candidate])
-                    _check_types(default, OmegaConf.to_container(composed, resolve=False), candidate)
-                fixed.append(word if choices[0] is None else f"{parsed.get_key_element()}={choices[0]}")
-            except (HydraException, OmegaConfBaseException) as error:
-                raise ConfigError(_explain(verb, word, str(error), known)) from error
+                composed = compose(verb, run)
+            except failures:
+                # Composing takes a while; only now is it worth looking for the word at fault.
+                for last in range(len(run)):
+                    try:
+                        compose(verb, run[: last + 1])
+                    except failures as error:
+                        raise ConfigError(_explain(verb, run[last], str(error), defaults)) from error
+                raise
+            _check_types(defaults, OmegaConf.to_container(composed, resolve=False))
+            runs.append(composed)
+    return runs[0]
+
+
+def _defaults(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """The settings of a verb before any override but those that choose a group's option, without Hydra's help."""
+    import yaml
+
+    chosen = {key: value for key, _, value in (word.partition("=") for word in words)}
+    settings: dict[str, Any] = yaml.safe_load((config_folder() / f"{verb}.yaml").read_text(encoding="utf-8"))
+    settings.pop("hydra")
+    for entry in settings.pop("defaults", []):
+        for group, option in entry.items() if isinstance(entry, dict) else ():
+            file = config_folder() / group / f"{chosen.get(group, option).partition(',')[0]}.yaml"
+            settings[group] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return settings
 
 
 def _known_names(config: Any, prefix: str = "") -> set[str]:
@@ -172,23 +203,26 @@ def _known_names(config: Any, prefix: str = "") -> set[str]:
     return names
 
 
-def _check_types(default: Any, composed: Any, word: str) -> None:
+def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
     """Refuse text where the default is a number or a yes or no, and fractions where it is a whole number."""
     for key in default.keys() & composed.keys():
         before, after = default[key], composed[key]
         if isinstance(before, dict) and isinstance(after, dict):
             if before.get("_target_") == after.get("_target_"):
-                _check_types(before, after, word)
+                _check_types(before, after, f"{prefix}{key}.")
             continue
+        if isinstance(before, dict):
+            raise ConfigError(f"{prefix}{key} is a group of settings, found '{after}': set one of its keys.")
         for kind, name in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
             if isinstance(before, kind):
                 fits = isinstance(after, (int, float) if kind is float else kind)
                 if after is not None and not fits:
-                    raise ConfigError(f"The setting '{word}' cannot be used: expected {name}, found '{after}'.")
+                    raise ConfigError(f"The setting {prefix}{key} expects {name}, found '{after}'.")
                 break
 
 
-def _explain(verb: str, word: str, message: str, known: set[str]) -> str:
+def _explain(verb: str, word: str, message: str, defaults: dict[str, Any]) -> str:
+    known = _known_names(defaults)
     key, _, value = word.lstrip("+~").partition("=")
     options = sorted(path.stem for path in (config_folder() / key).glob("*.yaml")) if key else []
     if options and value not in options:

@@ -79,6 +79,14 @@ def test_latent_is_a_distribution_or_nothing(make, name, training):
 
 
 @every_model
+def test_a_latent_is_drawn_anew_in_training(make, name):
+    model = make(name).train()
+    first, second = model(tiles()), model(tiles())
+    drawn = first.latent is not None
+    assert torch.equal(first.expected, second.expected) != drawn
+
+
+@every_model
 def test_input_is_left_as_it_was(make, name):
     x = tiles()
     make(name).train()(x)

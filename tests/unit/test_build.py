@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from blemish.build import TRUSTED, build
+from blemish.build import TRUSTED, build, build_section
 from blemish.errors import ConfigError
 from blemish.models.autoencoder import ConvAutoencoder
 from blemish.residuals import L1, SSIM, WeightedSum
@@ -110,3 +110,12 @@ def test_unknown_target_is_a_sentence(target):
 def test_place_in_the_config_is_named():
     with pytest.raises(ConfigError, match=r"^score\.residual\.terms\[1\]\._target_ is 'blemish\.residuals\.L3'"):
         build({"residual": {"terms": [0, {"_target_": "blemish.residuals.L3"}]}}, where="score")
+
+
+def test_section_gives_a_class_its_arguments():
+    assert build_section(Tiling, {"tiling": {"size": 8}, "other": 1}, "tiling") == Tiling(8)
+
+
+def test_section_that_does_not_fit_is_a_sentence():
+    with pytest.raises(ConfigError, match=r"^tiling does not fit blemish\.tiling\.Tiling: .*'sise'"):
+        build_section(Tiling, {"tiling": {"sise": 8}}, "tiling")

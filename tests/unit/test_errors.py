@@ -35,6 +35,12 @@ def test_without_a_close_name_all_are_listed_in_order_and_once():
     assert nearest_names("xyz", ["silu", "relu", "gelu", "relu"]) == "known: gelu, relu, silu"
 
 
+def test_a_long_list_is_cut_short():
+    known = [f"{number:02d}" for number in range(30)]
+    assert nearest_names("xyz", known[:20]) == "known: " + ", ".join(known[:20])
+    assert nearest_names("xyz", known) == "known: " + ", ".join(known[:20]) + ", ..."
+
+
 def test_without_any_name_nothing_is_said():
     assert nearest_names("xyz", []) == ""
 
