@@ -189,7 +189,7 @@ def _defaults(verb: str, words: Sequence[str]) -> dict[str, Any]:
     settings.pop("hydra")
     for entry in settings.pop("defaults", []):
         for group, option in entry.items() if isinstance(entry, dict) else ():
-            file = config_folder() / group / f"{chosen.get(group, option).partition(',')[0]}.yaml"
+            file = config_folder() / group / f"{str(chosen.get(group) or option).partition(',')[0]}.yaml"
             settings[group] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return settings
 
