@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -59,13 +59,17 @@ class Promise:
         """The smallest number of calibration units with which the promise can be kept."""
         if self.rule == "marginal":
             return math.ceil(1 / self._exact_alpha - 1)
-        return math.ceil(math.log(self.delta) / math.log1p(-self.alpha))
+        # The quotient may come out a hair above a whole number that is exact.
+        return max(1, math.ceil(math.log(self.delta) / math.log1p(-self.alpha) * (1 - 1e-12)))
 
     def smallest_alpha(self, n: int) -> float:
         """The smallest false-alarm rate that n calibration units can promise under this rule (1 if n is 0)."""
         if n == 0:
             return 1.0
-        return 1 / (n + 1) if self.rule == "marginal" else -math.expm1(math.log(self.delta) / n)
+        alpha = 1 / (n + 1) if self.rule == "marginal" else -math.expm1(math.log(self.delta) / n)
+        while replace(self, alpha=alpha).needed > n:  # rounded down, by a hair
+            alpha = math.nextafter(alpha, 1)
+        return alpha
 
     def rank(self, n: int) -> int:
         """The rank k (1 to n, from below) of the calibration score that serves as the threshold.
@@ -87,7 +91,7 @@ class Promise:
         return (
             f"{n} calibration images are too few for alpha = {self.alpha:g} ({self.rule}): it needs {marginal.needed} "
             f"(marginal) or {pac.needed} (pac, delta = {self.delta:g}); {n} can promise alpha = "
-            f"{_round_up(marginal.smallest_alpha(n))} (marginal) or {_round_up(pac.smallest_alpha(n))} (pac)."
+            f"{round_up(marginal.smallest_alpha(n))} (marginal) or {round_up(pac.smallest_alpha(n))} (pac)."
         )
 
     def rate_interval(self, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -97,7 +101,8 @@ class Promise:
         return float(low), float(high)
 
 
-def _round_up(value: float) -> str:
+def round_up(value: float) -> str:
+    """A false-alarm rate to four decimals, never smaller than it is."""
     return f"{math.ceil(value * 1e4) / 1e4:g}"
 
 
@@ -117,7 +122,13 @@ class Threshold:
         return np.asarray(self.scores, dtype=np.float64)
 
     def p_value(self, score: float) -> float:
-        """(1 + number of calibration scores >= score) / (n + 1), in [1 / (n + 1), 1]."""
+        """(1 + number of calibration scores >= score) / (n + 1), in [1 / (n + 1), 1].
+
+        Raises:
+            CalibrationError: the score is NaN.
+        """
+        if math.isnan(score):
+            raise CalibrationError("A score is NaN: it has no p-value.")
         at_least = len(self.scores) - int(np.searchsorted(self._sorted, score, side="left"))
         return (1 + at_least) / (len(self.scores) + 1)
 
@@ -186,7 +197,7 @@ class Calibration:
         low, high = self.promise.rate_interval(self.n)
         promise = f"of 1000 normal images expect at most {1000 * self.promise.alpha:g} false alarms"
         if self.promise.rule == "pac":
-            promise += f", with {1 - self.promise.delta:.0%} confidence in this very calibration"
+            promise += f", with {100 * (1 - self.promise.delta):g} % confidence in this very calibration"
         else:
             promise += " on average over calibrations"
         return f"{promise}; with {self.n} calibration images the true rate lies in [{low:.2%}, {high:.2%}] (95 %)"
@@ -212,21 +223,27 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, card: Mapping[str, Any]) -> Calibration:
-        """Read what `to_dict` wrote. Raises CalibrationError if a field is missing or the thresholds disagree."""
+        """Read what `to_dict` wrote.
+
+        Raises:
+            CalibrationError: the card lacks a field, or contradicts itself.
+        """
         try:
             promise = Promise(**card["promise"])
             image, mask = (
-                Threshold(tuple(map(float, card[key])), promise.rank(len(card[key])))
+                Threshold(tuple(float(score) for score in card[key]), promise.rank(len(card[key])))
                 for key in ("image_scores", "mask_scores")
             )
-            agree = image.value == card["image_threshold"] and mask.value == card["mask_threshold"]
             calibration = cls(
-                promise, image, mask, card["images"], card["fingerprint"], card["mask_rule"], card.get("made", {})
+                promise, image, mask, card["images"], card["fingerprint"], card["mask_rule"], card["made"]
             )
-        except (KeyError, TypeError) as error:
+            ascending = all(np.isfinite(t.scores).all() and (np.diff(t.scores) >= 0).all() for t in (image, mask))
+            consistent = ascending and card["mask_rule"] in MASK_RULES and calibration.to_dict() == card
+        except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(
-                f"The calibration card lacks a field ({error}): run `blemish calibrate` again."
+                f"The calibration card is incomplete or damaged ({type(error).__name__}: {error}): "
+                "run `blemish calibrate` again."
             ) from error
-        if not agree:
+        if not consistent:
             raise CalibrationError("The calibration card contradicts its own scores: run `blemish calibrate` again.")
         return calibration

@@ -57,10 +57,10 @@ def assemble(
     parts = {name: config[name] for name in PARTS}
     return Detector(
         scorer=TorchScorer(model, build(parts["score"], trusted, "score"), device),
-        preprocess=build_section(Preprocess, parts, "image"),
-        tiling=build_section(Tiling, parts, "tiling"),
-        smoothing=build_section(Smoothing, parts, "smoothing"),
-        cleaning=build_section(Cleaning, parts, "cleaning"),
+        preprocess=build_section(Preprocess, parts, "image", trusted),
+        tiling=build_section(Tiling, parts, "tiling", trusted),
+        smoothing=build_section(Smoothing, parts, "smoothing", trusted),
+        cleaning=build_section(Cleaning, parts, "cleaning", trusted),
         fingerprint=fingerprint(parts, model.state_dict()),
         calibration=calibration,
         about=about or {},
@@ -131,7 +131,7 @@ def load_detector(run: str | Path, device: str = "auto", trusted: Sequence[str] 
     Args:
         run: the folder that `blemish train` made, or its `detector.pt`.
         device: cpu, cuda, ... or auto (the GPU if there is one).
-        trusted: packages besides blemish and torch.nn that the checkpoint may take classes from.
+        trusted: packages besides blemish's own models and torch.nn that the checkpoint may take classes from.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint cannot be used. CalibrationError: its card is not its own.

@@ -19,8 +19,10 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write `path` into one sentence."""
     try:
         yield
+    except FileNotFoundError:
+        raise  # the folder has been made: something else is missing
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = "the disk is full: free some space or choose another folder"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             reason = "no permission: choose a folder that you may write to"

@@ -31,7 +31,7 @@ def as_rgb(pixels: Pixels) -> Picture:
 
 def heat_map(score_map: FloatArray, threshold: float, pixels: Pixels, mask: Mask | None = None) -> Picture:
     """Lay a score map over its image, coloured relative to `threshold`; outline `mask` in cyan."""
-    per_level = 255.0 / (_SCALE_END * max(threshold, float(np.finfo(np.float32).tiny)))
+    per_level = 255.0 / (_SCALE_END * max(threshold, 1e-30))  # a threshold of 0 paints all that is above it
     picture = np.empty((*score_map.shape, 3), dtype=np.uint8)
     for first in range(0, len(score_map), _ROWS):
         rows = slice(first, first + _ROWS)

@@ -116,7 +116,8 @@ class MultiScaleSSIM(Residual):
             luminance, structure = self.ssim.parts(observed, expected)
             last = scale == len(self.weights) - 1
             term = (luminance * structure if last else structure).clamp(min=1e-6).pow(weight)
-            similarity = similarity * F.interpolate(term, size, mode="bilinear", align_corners=False)
+            # Enlarging the difference from 1 keeps equal images at exactly 0.
+            similarity = similarity * (1 - F.interpolate(1 - term, size, mode="bilinear", align_corners=False))
             if not last:
                 observed, expected = F.avg_pool2d(observed, 2), F.avg_pool2d(expected, 2)
         return (1 - similarity.mean(dim=1, keepdim=True)).clamp(min=0)

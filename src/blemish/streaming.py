@@ -22,14 +22,23 @@ def map_ahead(
     """Yield `function(item)` in order, computed by threads ahead of the consumer.
 
     At most `most` items, and items of a total `cost` of at most `budget` (or a single one), are under way. An
-    exception of `function` is raised at its item's turn; whatever has not started by then is dropped.
+    exception of `function`, or of `items`, is raised at its turn.
     """
     waiting: deque[tuple[float, Future[Result]]] = deque()
     under_way = 0.0
+    failure: Exception | None = None
+    iterator = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for item in items:
-                price = cost(item)
+            while True:
+                try:
+                    item = next(iterator)
+                    price = cost(item)
+                except StopIteration:
+                    break
+                except Exception as error:  # its turn comes after what is waiting
+                    failure = error
+                    break
                 while waiting and (under_way + price > budget or len(waiting) >= most):
                     paid, future = waiting.popleft()
                     under_way -= paid
@@ -41,3 +50,5 @@ def map_ahead(
         finally:
             for _, future in waiting:
                 future.cancel()
+    if failure is not None:
+        raise failure

@@ -20,6 +20,8 @@ TileScorer = Callable[[FloatArray], FloatArray]
 class Tiling:
     """Square tiles of `size` pixels; neighbours share at least the fraction `overlap` of their side.
 
+    (Or all but one pixel, if the fraction leaves less than that.)
+
     `batch` is the number of tiles scored at once.
 
     Raises:

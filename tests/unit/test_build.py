@@ -6,6 +6,7 @@ from torch import nn
 from blemish.build import TRUSTED, build, build_section
 from blemish.errors import ConfigError
 from blemish.models.autoencoder import ConvAutoencoder
+from blemish.postprocess import Smoothing
 from blemish.residuals import L1, SSIM, WeightedSum
 from blemish.tiling import Tiling
 
@@ -117,5 +118,22 @@ def test_section_gives_a_class_its_arguments():
 
 
 def test_section_that_does_not_fit_is_a_sentence():
-    with pytest.raises(ConfigError, match=r"^tiling does not fit blemish\.tiling\.Tiling: .*'sise'"):
+    with pytest.raises(ConfigError, match=r"^tiling does not fit Tiling: .*'sise'"):
         build_section(Tiling, {"tiling": {"sise": 8}}, "tiling")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["blemish.cli.main", "blemish.build.build", "blemish.scores.torch.load", "blemish.models.blocks.check_tile"],
+)
+def test_checkpoint_may_not_name_commands_of_blemish(target):
+    with pytest.raises(ConfigError):
+        build({"_target_": target}, TRUSTED)
+
+
+def test_section_of_a_checkpoint_may_not_smuggle_a_target():
+    hidden = {"sigma": {"_target_": "subprocess.getoutput", "cmd": "true"}}
+    with pytest.raises(ConfigError, match="trusted"):
+        build_section(Smoothing, {"smoothing": hidden}, "smoothing", TRUSTED)
+    with pytest.raises(ConfigError, match="_target_"):
+        build_section(Smoothing, {"smoothing": {"_target_": "subprocess.getoutput"}}, "smoothing", TRUSTED)

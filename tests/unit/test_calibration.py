@@ -15,7 +15,7 @@ from scipy import stats
 from blemish.calibration import Calibration, Promise, Threshold
 from blemish.errors import CalibrationError, ConfigError
 
-REPEATABLE = settings(derandomize=True, deadline=None, max_examples=100)
+REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 UNLIKELY = 1e-6
 hundredths = st.integers(1, 99).map(lambda percent: percent / 100)
 tied_scores = st.lists(st.integers(0, 8), min_size=1, max_size=40)
@@ -387,7 +387,7 @@ def test_card_states_what_was_promised():
     assert card["rank"] == Promise(0.3, "pac", 0.01).rank(30)
     assert card["image_threshold"] == sorted(card["image_scores"])[card["rank"] - 1]
     assert card["rate_interval_95"] == list(Promise(0.3, "pac", 0.01).rate_interval(30))
-    assert "at most 300 false alarms, with 99% confidence" in card["in_words"]
+    assert "at most 300 false alarms, with 99 % confidence" in card["in_words"]
     assert "with 30 calibration images" in card["in_words"]
 
 
@@ -406,8 +406,23 @@ def changed(key, change):
         changed("promise", lambda promise: promise | {"rule": "pac", "alpha": 0.5}),
         changed("image_scores", lambda scores: [score / 2 for score in scores]),
         changed("mask_scores", lambda scores: scores[:20]),
+        changed("image_scores", lambda scores: scores[::-1]),
+        changed("rank", lambda rank: rank - 1),
+        changed("units", lambda units: units + 1),
+        changed("mask_rule", lambda rule: "none"),
     ],
-    ids=["threshold", "mask threshold", "alpha", "rule", "scores", "fewer scores"],
+    ids=[
+        "threshold",
+        "mask threshold",
+        "alpha",
+        "rule",
+        "scores",
+        "fewer scores",
+        "order",
+        "rank",
+        "units",
+        "mask rule",
+    ],
 )
 def test_card_that_contradicts_itself_is_refused(card):
     with pytest.raises(CalibrationError, match="contradicts its own scores"):
@@ -435,12 +450,12 @@ def test_card_with_a_promise_it_cannot_keep_is_refused():
 def test_card_without_a_field_is_refused(key):
     card = calibrated().to_dict()
     del card[key]
-    with pytest.raises(CalibrationError, match=f"lacks a field .*{key}"):
+    with pytest.raises(CalibrationError, match="incomplete or damaged|contradicts"):
         Calibration.from_dict(card)
 
 
 def test_card_with_an_unknown_promise_is_refused():
-    with pytest.raises(CalibrationError, match="lacks a field"):
+    with pytest.raises(CalibrationError, match="incomplete or damaged"):
         Calibration.from_dict(changed("promise", lambda promise: promise | {"gamma": 1}))
 
 

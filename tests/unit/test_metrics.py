@@ -108,15 +108,16 @@ def test_clopper_pearson_is_wide_enough_for_every_rate():
 
 
 def test_groups_are_overall_each_defect_and_the_normals():
-    assert list(evaluated()) == ["overall", "dent", "scratch", "normals"]
+    assert list(evaluated()) == ["overall", "kinds", "normals"]
+    assert list(evaluated()["kinds"]) == ["dent", "scratch"]
 
 
 def test_counts_of_images_and_masks():
     result = evaluated()
-    assert [(result[name]["images"], result[name]["masks"]) for name in ("overall", "scratch", "dent")] == [
+    assert [(figures["images"], figures["masks"]) for figures in (result["overall"], *result["kinds"].values())] == [
         (3, 2),
-        (2, 2),
         (1, 0),
+        (2, 2),
     ]
     assert result["overall"]["empty_masks"] == 0
 
@@ -126,7 +127,7 @@ def test_image_figures_against_sklearn(name, defects):
     scores = [float(score_map.max()) for score_map in NORMALS + defects]
     labels = [False] * len(NORMALS) + [True] * len(defects)
     found = np.array(scores) > THRESHOLD
-    figures = evaluated()[name]
+    figures = evaluated()[name] if name == "overall" else evaluated()["kinds"][name]
     assert figures["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
     assert figures["image_ap"] == pytest.approx(average_precision_score(labels, scores))
     best = max(f1_score(labels, np.array(scores) >= threshold) for threshold in scores)
@@ -142,7 +143,7 @@ def test_pixel_figures_against_sklearn_on_images_with_truth(name):
     normal_pixels = np.zeros(sum(score_map.size for score_map in NORMALS), bool)
     truth = np.concatenate([normal_pixels, *(defect(seed).ravel() for seed in range(len(SCRATCHES)))])
     found = scores > THRESHOLD
-    figures = evaluated()[name]
+    figures = evaluated()[name] if name == "overall" else evaluated()["kinds"][name]
     assert figures["pixel_auroc"] == pytest.approx(roc_auc_score(truth, scores))
     assert figures["pixel_ap"] == pytest.approx(average_precision_score(truth, scores))
     assert figures["calibrated"]["pixel_precision"] == pytest.approx(precision_score(truth, found))
@@ -153,7 +154,7 @@ def test_pixel_figures_against_sklearn_on_images_with_truth(name):
 
 
 def test_pixel_figures_need_masks():
-    figures = evaluated()["dent"]
+    figures = evaluated()["kinds"]["dent"]
     ranked = [figures[key] for key in ("pixel_auroc", "pixel_ap", "aupro_0.3", "aupro_0.05")]
     decided = [figures["calibrated"][f"pixel_{key}"] for key in ("precision", "recall", "dice", "iou")]
     assert ranked + decided == [None] * 8
@@ -186,7 +187,7 @@ def test_without_defects_only_false_alarms_are_defined():
     for score_map in NORMALS:
         evaluation.add("good", predicted(score_map), None)
     result = evaluation.result()
-    assert list(result) == ["overall", "normals"]
+    assert result["kinds"] == {}
     figures = result["overall"]
     calibrated = figures.pop("calibrated")
     assert {figures.pop(key) for key in ("images", "masks", "empty_masks")} == {0}
@@ -204,7 +205,7 @@ def test_empty_masks_are_counted():
     evaluation = Evaluation()
     evaluation.add("good", predicted(NORMALS[0]), None)
     evaluation.add("scratch", predicted(SCRATCHES[0]), np.zeros((12, 10), bool))
-    figures = evaluation.result()["scratch"]
+    figures = evaluation.result()["kinds"]["scratch"]
     assert (figures["masks"], figures["empty_masks"]) == (1, 1)
     assert figures["pixel_auroc"] is None
     assert figures["calibrated"]["pixel_dice"] is None

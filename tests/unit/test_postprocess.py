@@ -10,7 +10,7 @@ from scipy import ndimage
 from blemish.errors import ConfigError
 from blemish.postprocess import Cleaning, Region, Smoothing
 
-REPEATABLE = settings(derandomize=True, deadline=None, max_examples=100)
+REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 masks = arrays.arrays(bool, st.tuples(st.integers(1, 16), st.integers(1, 16)))
 
 

@@ -11,7 +11,7 @@ from blemish.data.images import to_unit
 from blemish.errors import ConfigError
 from blemish.tiling import Tiling, apply_tiled, pad_to_tile
 
-REPEATABLE = settings(derandomize=True, deadline=None, max_examples=150)
+REPEATABLE = settings(derandomize=True, deadline=None, max_examples=80)
 OVERLAPS = [0.0, 0.25, 0.5, 0.9]
 SIZES = [(1, 1), (1, 40), (40, 1), (7, 9), (16, 16), (17, 16), (16, 31), (32, 32), (33, 47), (64, 50)]
 tilings = st.builds(

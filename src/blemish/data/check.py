@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from blemish.calibration import RULES, Promise
+from blemish.calibration import RULES, Promise, round_up
 from blemish.data.images import ImageInfo, probe, read_mask, read_pixels
 from blemish.data.records import SPLITS, Record, Records
 from blemish.data.splits import digest_files, split_records
@@ -71,7 +71,7 @@ def check(
     units = len({item.unit for item in splits.of("calibration")})
     for rule in RULES:
         smallest = Promise(promise.alpha, rule, promise.delta).smallest_alpha(units)
-        facts.append(f"{units} calibration images can promise alpha >= {smallest:.4f} ({rule})")
+        facts.append(f"{units} calibration images can promise alpha >= {round_up(smallest)} ({rule})")
     if units < promise.needed:
         problems.append(promise.shortage(units))
     return CheckReport(facts, problems)

@@ -44,6 +44,8 @@ class CoarseNoise:
     Source: Kascenas et al., Denoising autoencoders for unsupervised anomaly detection in brain MRI, MIDL 2022:
     coarse noise makes a model repair structures, where white noise only makes it smooth.
 
+    `std` is that of the grid's values; between them, interpolation leaves about two thirds of it.
+
     Raises:
         ConfigError: `std` is negative or `cell` below 1.
     """

@@ -16,6 +16,8 @@ Counts = npt.NDArray[np.float64]
 # A non-negative float32, read as an integer, keeps its order. Dropping its 9 lowest bits leaves bins 2^-14 of
 # the score wide: ranks inside a bin tie, all others are exact, and nothing is squashed.
 _DROPPED_BITS = 9
+# Smaller scores tie: without a floor, a single 0 would stretch the bins over all floats.
+_FLOOR = np.float32(2.0**-40)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class PixelCurves:
 
     def add(self, score_map: FloatArray, truth: Mask) -> None:
         """(H, W) scores >= 0 and the (H, W) mask of true defects."""
-        levels = (np.maximum(score_map, 0).view(np.uint32) >> _DROPPED_BITS).astype(np.int64)
+        levels = (np.maximum(score_map, _FLOOR).view(np.uint32) >> _DROPPED_BITS).astype(np.int64)
         self._negatives.add(levels[~truth])
         if truth.any():
             self._positives.add(levels[truth])

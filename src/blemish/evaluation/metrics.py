@@ -94,9 +94,11 @@ class Evaluation:
     def result(self) -> dict[str, Any]:
         """Figures overall and per defect kind; a figure that is not defined is None (null in JSON)."""
         defects = sorted(kind for kind in self._kinds if kind != NORMAL)
-        groups = {"overall": defects} | {kind: [kind] for kind in defects}
         normals = self._kinds.get(NORMAL, _Kind())
-        figures: dict[str, Any] = {name: self._figures(kinds) for name, kinds in groups.items()}
+        figures: dict[str, Any] = {
+            "overall": self._figures(defects),
+            "kinds": {kind: self._figures([kind]) for kind in defects},
+        }
         figures["normals"] = {
             "images": len(normals.scores),
             "false_alarms": normals.flagged,

@@ -30,9 +30,9 @@ _CALIBRATED = {
 
 def metrics_table(metrics: Mapping[str, Any], threshold: str) -> str:
     """The result of `Evaluation.result` as two tables and a sentence; `threshold` says how it was calibrated."""
-    groups = [name for name in metrics if name != "normals"]
-    ranked = [[name, *(_cell(metrics[name][key]) for key in _OVER_ALL_THRESHOLDS)] for name in groups]
-    decided = [[name, *(_cell(metrics[name]["calibrated"][key]) for key in _CALIBRATED)] for name in groups]
+    groups = [("overall", metrics["overall"]), *metrics["kinds"].items()]
+    ranked = [[name, *(_cell(figures[key]) for key in _OVER_ALL_THRESHOLDS)] for name, figures in groups]
+    decided = [[name, *(_cell(figures["calibrated"][key]) for key in _CALIBRATED)] for name, figures in groups]
     normals = metrics["normals"]
     lines = [
         table(["over all thresholds", *_OVER_ALL_THRESHOLDS.values()], ranked),

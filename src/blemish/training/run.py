@@ -68,7 +68,7 @@ def start(run: Path, settings: dict[str, Any], records: Sequence[Record], overri
         "software": "blemish",
         "version": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint may not hold
         "seed": settings["seed"],
         "overrides": list(overrides),
         "data_fingerprint": splits.fingerprint(),
