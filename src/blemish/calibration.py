@@ -101,6 +101,12 @@ class Promise:
         return float(low), float(high)
 
 
+def check_mask_rule(name: str) -> None:
+    """Raise ConfigError for an unknown mask rule."""
+    if name not in MASK_RULES:
+        raise ConfigError(f"Expected calibration.mask_rule to be one of {', '.join(MASK_RULES)}, found '{name}'.")
+
+
 def round_up(value: float) -> str:
     """A false-alarm rate to four decimals, never smaller than it is."""
     return f"{math.ceil(value * 1e4) / 1e4:g}"
@@ -170,10 +176,7 @@ class Calibration:
         Raises:
             CalibrationError: too few units, or a score is not finite. ConfigError: unknown mask rule.
         """
-        if mask_rule not in MASK_RULES:
-            raise ConfigError(
-                f"Expected calibration.mask_rule to be one of {', '.join(MASK_RULES)}, found '{mask_rule}'."
-            )
+        check_mask_rule(mask_rule)
         if not np.isfinite(np.asarray(scores, dtype=np.float64)).all():
             raise CalibrationError("A calibration score is NaN or infinite: the model diverged; train it again.")
         largest: dict[str, float] = {}

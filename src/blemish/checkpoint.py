@@ -122,6 +122,10 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {found}, this version of blemish reads {FORMAT}: use another version."
         )
+    missing = {"config", "state_dict", "calibration", "about"} - content.keys()
+    missing |= {f"config.{name}" for name in PARTS if name not in content.get("config", PARTS)}
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}: it is damaged; train again.")
     return content
 
 

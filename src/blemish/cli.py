@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from blemish import __version__
-from blemish.commands import ACTIONS, DONE, INTERRUPTED, MISTAKE, dated
+from blemish.commands import ACTIONS, BUG, DONE, INTERRUPTED, MISTAKE, dated
 from blemish.errors import BlemishError, ConfigError, nearest_names
 
 _VERBS = {
@@ -33,7 +34,7 @@ _HYDRA = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `blemish` command; exits with 0, 1 (some images failed), 2 (a mistake) or 130 (Ctrl-C)."""
+    """Entry point of the `blemish` command; its exit codes are in `commands.py`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -46,6 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BlemishError as error:
         print(f"blemish: {error}", file=sys.stderr)
         code = MISTAKE
+    except OSError as error:
+        print(f"blemish: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
+        code = MISTAKE
+    except Exception:
+        traceback.print_exc()
+        print(
+            "blemish: this is a bug in blemish, not in what you asked; please report the lines above.", file=sys.stderr
+        )
+        code = BUG
     except KeyboardInterrupt:
         print(
             "blemish: interrupted; what was finished is kept, the same command (or resume=RUN) goes on.",
@@ -76,25 +86,26 @@ def _run(verb: str, words: list[str]) -> int:
         raise ConfigError(f"There is no verb '{verb}': {nearest_names(verb, _VERBS)}")
     flags = {word for word in words if word.startswith("-")}
     sweep = bool(flags & {"--multirun", "-m"})
-    words = [_tidy(verb, word, sweep) for word in words]
-    overrides = [word for word in words if "=" in word and word not in flags]
-    strays = [word for word in words if word not in overrides and word not in flags]
-    if strays and not flags & {"--cfg", "-c"}:  # which takes a word of its own
-        raise ConfigError(f"Expected settings as KEY=VALUE, found '{strays[0]}'; see `blemish {verb} --help`.")
+    overrides, options = [], []
+    for word, before in zip(words, ["", *words], strict=False):
+        if word.startswith("-") or before in ("--cfg", "-c"):  # which take a word of their own
+            options.append(word)
+        else:
+            overrides.append(_tidy(verb, word, sweep))
     config = _compose(verb, overrides, sweep)
     if flags:
-        return _hand_to_hydra(verb, [*overrides, *(word for word in words if word not in overrides)], sweep)
+        return _hand_to_hydra(verb, overrides, options, sweep)
     return ACTIONS[verb](config, overrides)
 
 
-def _hand_to_hydra(verb: str, words: list[str], sweep: bool) -> int:
+def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], sweep: bool) -> int:
     """Sweeps, --help, --cfg and the like; a mistake in one run of a sweep ends that run only."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
     if sweep:
-        out = next((word.partition("=")[2] for word in words if word.startswith("out=")), str(dated("runs")))
-        words = [*words, f"hydra.sweep.dir={out}", "hydra.sweep.subdir=${hydra.job.num}"]
+        out = next((word.partition("=")[2] for word in overrides if word.startswith("out=")), str(dated("runs")))
+        overrides = [*overrides, f"hydra.sweep.dir={out}", "hydra.sweep.subdir=${hydra.job.num}"]
     codes: list[int] = []
 
     def task(config: Any) -> None:
@@ -109,7 +120,7 @@ def _hand_to_hydra(verb: str, words: list[str], sweep: bool) -> int:
 
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)
     before = sys.argv
-    sys.argv = [f"blemish {verb}", *_HYDRA, *words]
+    sys.argv = [f"blemish {verb}", *options, *_HYDRA, *overrides]
     try:
         run()
     finally:
@@ -122,17 +133,23 @@ def _hand_to_hydra(verb: str, words: list[str], sweep: bool) -> int:
 
 def _tidy(verb: str, word: str, sweep: bool) -> str:
     """Turn a positional into KEY=VALUE, and quote paths, so that spaces, commas and brackets in them are literal."""
-    if word.startswith("-"):
-        return word
-    if "=" not in word and verb in _POSITIONAL:
-        word = f"{_POSITIONAL[verb]}={word}"
-    key, _, value = word.partition("=")
+    key, equals, value = word.partition("=")
+    if not equals or not re.fullmatch(r"[+~]{0,2}\w[\w.@/]*", key) or (verb in _POSITIONAL and _exists(word)):
+        if verb not in _POSITIONAL:
+            raise ConfigError(f"Expected settings as KEY=VALUE, found '{word}'; see `blemish {verb} --help`.")
+        key, value = _POSITIONAL[verb], word
     if key in _PATHS and value and value[0] not in "'\"" and not re.fullmatch(r"[\w./~+-]+", value):
         is_list = value[0] == "[" or (sweep and "," in value)
-        if not is_list or os.path.exists(value):  # noqa: PTH110 (no Path: the word may be no path)
-            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-            return f"{key}='{escaped}'"
-    return word
+        if not is_list or _exists(value):
+            # Inside Hydra's quotes a backslash is itself, unless it stands before a quote; ${ would be looked up.
+            escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value).replace("${", "\\${")
+            trailing = len(escaped) - len(escaped.rstrip("\\"))
+            value = f"'{escaped}{chr(92) * trailing}'"
+    return f"{key}={value}"
+
+
+def _exists(word: str) -> bool:
+    return os.path.exists(word)  # noqa: PTH110 (a word may be no valid path; this says no to those, too)
 
 
 def _compose(verb: str, words: Sequence[str], sweep: bool) -> Any:

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from blemish.calibration import Promise
     from blemish.data.records import Records
 
-DONE, SOME_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: all done; done, but some images could not be used; a user's mistake; Ctrl-C."""
+DONE, SOME_FAILED, MISTAKE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+"""Exit codes: all done; done, but some images could not be used; a user's mistake; ours; Ctrl-C."""
 
 
 def _required(config: Any, name: str, example: str) -> Any:
     from omegaconf import OmegaConf
 
     value = OmegaConf.select(config, name)  # None for a missing value, too
-    if value is None:
+    if value is None or value == "":
         raise ConfigError(f"The setting {name} is missing: give it, as in `blemish {example}`.")
     return value
 
@@ -57,7 +57,6 @@ def _train(config: Any, overrides: list[str]) -> int:
             raise ConfigError(
                 f"resume takes all settings from {run}: leave out {' '.join(others)}, or start a new run."
             )
-        _name_run(run)
         from blemish.training.run import resume
 
         finished = resume(run, lambda data: _read(data).sound())
@@ -66,7 +65,6 @@ def _train(config: Any, overrides: list[str]) -> int:
         run = Path(config.out) if config.out is not None else dated("runs")
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
-        _name_run(run)
         from blemish.training.run import common_channels, start
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
@@ -77,12 +75,8 @@ def _train(config: Any, overrides: list[str]) -> int:
         finished = start(run, _plain(config), records, overrides)
     print(f"calibrated: {finished.calibration.in_words()}")
     code = _print_metrics(finished.metrics, finished.calibration) if finished.metrics else DONE
-    _name_run(run)
+    print(f"run folder: {run}")
     return code
-
-
-def _name_run(run: Path) -> None:
-    print(f"run folder: {run}", flush=True)
 
 
 def _promise(calibration: dict[str, Any]) -> Promise:
@@ -171,7 +165,7 @@ def _predict(config: Any, overrides: list[str]) -> int:
     out = Path(config.out) if config.out is not None else dated(run / "predictions")
     detector = load_detector(run, config.device, config.trusted)
     summary = pipeline.predict(detector, inputs, out, config.overwrite)
-    resumed = f" ({summary.resumed} were done before)" if summary.resumed else ""
+    resumed = f" ({summary.resumed} of them before the interruption)" if summary.resumed else ""
     print(f"{summary.images} images{resumed}: {summary.anomalous} anomalous, {len(summary.errors)} unusable")
     for sentence in summary.errors:
         print(f"blemish: {sentence}", file=sys.stderr)

@@ -130,7 +130,7 @@ class Detector:
         """
         card = self.card
         score = image_score(score_map)
-        if not np.isfinite(score):
+        if not np.isfinite(score_map).all():
             raise CalibrationError("The score map has NaN or infinite values: no decision is possible.")
         mask, regions = self.cleaning(score_map > card.mask.value, score_map)
         return Prediction(

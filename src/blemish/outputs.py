@@ -72,16 +72,16 @@ class PredictionFiles:
                 )
         write_json(self._made, dict(made))
 
-    def done(self) -> set[str]:
-        """The paths that an interrupted run has finished; a row torn by a kill is cut off."""
+    def done(self) -> list[dict[str, Any]]:
+        """The rows that an interrupted run has finished; one torn by a kill is cut off."""
         if not self._part.exists():
-            return set()
+            return []
         with explain_write_errors(self._part):
             content = self._part.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if whole != content:
                 self._part.write_bytes(whole)
-        return {json.loads(line)["path"] for line in whole.splitlines()}
+        return [json.loads(line) for line in whole.splitlines()]
 
     def write_images(self, scored: Scored, stem: Path) -> dict[str, Any]:
         """Write the score map (float32 TIFF), heat map and mask (PNG) of one image; return its row."""

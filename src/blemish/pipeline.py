@@ -195,7 +195,10 @@ def evaluate(detector: Detector, records: Sequence[Record], out: Path, progress:
 
 @dataclass(frozen=True)
 class PredictSummary:
-    """What `predict` did: images done now and in an earlier, interrupted run; anomalous ones; errors (sentences)."""
+    """What `predict` did, an earlier interrupted run included; `resumed` images were done by that.
+
+    `errors` has a sentence for each image that could not be used.
+    """
 
     images: int
     anomalous: int
@@ -218,7 +221,8 @@ def predict(
     pairs = expand_inputs(inputs)
     stems = dict(zip([path for path, _ in pairs], unique_stems([name for _, name in pairs]), strict=True))
     files = PredictionFiles(out, made_by(detector), detector.card.mask.value, overwrite)
-    done = files.done()
+    before = files.done()
+    done = {row["path"] for row in before}
     todo = [path for path, _ in pairs if str(path) not in done]
 
     def scored() -> Iterator[Scored]:
@@ -232,13 +236,14 @@ def predict(
     def write(item: Scored) -> dict[str, Any]:
         return files.write_images(item, stems[item.path])
 
-    anomalous, errors = 0, []
+    anomalous = sum(row["decision"] == "anomalous" for row in before)
+    errors = [row["error"] for row in before if row["error"]]
     rows = files.append(map_ahead(write, scored(), area, _PIXELS_AHEAD, workers=2))
     for row in tqdm(rows, "predicting", len(pairs), initial=len(pairs) - len(todo), unit="image", disable=not progress):
         anomalous += row["decision"] == "anomalous"
         errors += [row["error"]] if row["error"] else []
     files.finish()
-    return PredictSummary(len(todo), anomalous, errors, len(done))
+    return PredictSummary(len(before) + len(todo), anomalous, errors, len(before))
 
 
 def compare(folder: Path) -> tuple[list[str], list[list[object]]]:

@@ -33,7 +33,12 @@ class Tiling:
     batch: int = 32
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.batch < 1 or not 0 <= self.overlap < 1:
+        if (
+            None in (self.size, self.overlap, self.batch)
+            or self.size < 1
+            or self.batch < 1
+            or not 0 <= self.overlap < 1
+        ):
             raise ConfigError(
                 f"Expected tiling.size >= 1, tiling.batch >= 1 and tiling.overlap in [0, 1), found {self.size}, "
                 f"{self.batch} and {self.overlap}."

@@ -450,7 +450,7 @@ def test_card_with_a_promise_it_cannot_keep_is_refused():
 def test_card_without_a_field_is_refused(key):
     card = calibrated().to_dict()
     del card[key]
-    with pytest.raises(CalibrationError, match="incomplete or damaged|contradicts"):
+    with pytest.raises(CalibrationError, match=r"incomplete or damaged|contradicts"):
         Calibration.from_dict(card)
 
 

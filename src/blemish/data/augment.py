@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,11 @@ def _transform(item: Mapping[str, Mapping[str, Any] | None]) -> Any:
     if name not in known:
         raise ConfigError(f"albumentations has no transform '{name}': {nearest_names(name, known)}")
     try:
-        return getattr(A, name)(**(arguments or {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"The arguments {dict(arguments or {})} do not fit albumentations.{name}: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # albumentations only warns of unknown arguments
+            return getattr(A, name)(**(arguments or {}))
+    except (TypeError, ValueError, UserWarning) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"The arguments {dict(arguments or {})} do not fit albumentations.{name}: {reason}"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -41,11 +42,16 @@ class TileDataModule(pl.LightningDataModule):
             persistent_workers=self._workers > 0,
             pin_memory=_on_gpu(self.trainer),
             collate_fn=_as_is,
+            generator=torch.Generator(),  # else the loader draws from the generator that training has seeded
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(
-            self._validation, batch_size=self._batch_size, pin_memory=_on_gpu(self.trainer), collate_fn=_as_is
+            self._validation,
+            batch_size=self._batch_size,
+            pin_memory=_on_gpu(self.trainer),
+            collate_fn=_as_is,
+            generator=torch.Generator(),
         )
 
 

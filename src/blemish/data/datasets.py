@@ -64,8 +64,8 @@ class ImageCache:
 class TrainingTiles(Dataset[Tensor]):
     """An endless, seeded stream of random tiles, addressed by position.
 
-    Position p lies in pass p // n over the images; each pass is a new permutation. Image, place and augmentation
-    depend on (seed, position) alone, which is why a resumed training sees just what an uninterrupted one sees.
+    Position p lies in pass p // n over the images; each pass is a new permutation. Places and augmentation depend on
+    (seed, first position of the batch) alone, which is why a resumed training sees just what an uninterrupted one sees.
     """
 
     def __init__(self, images: ImageCache, size: int, seed: int, augment: Augmentation | None = None) -> None:

@@ -27,6 +27,7 @@ Pixels = npt.NDArray[Any]
 """(H, W, C) with C 1 or 3, of dtype uint8, uint16, or float32 in [0, 1]."""
 FloatArray = npt.NDArray[np.float32]
 
+_ORIENTATION = 0x0112  # the EXIF and TIFF tag
 _GREY_MODES = ("1", "L", "LA", "La", "F", "I")
 _SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 
@@ -75,8 +76,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         if path.stat().st_size == 0:
             raise ImageError(f"Cannot read {path}: the file is empty (0 bytes); replace or remove it.")
-        with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
+        # A file object, not a path: Pillow maps a path into memory, and then scrambles TIFFs that lie on their side.
+        with path.open("rb") as file, Image.open(file) as image:
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise ImageError(
                     f"Cannot read {path}: expected one image, found {image.n_frames} pages; save each as its own file."
                 )
@@ -102,11 +104,13 @@ def probe(path: Path) -> ImageInfo:
         ImageError: the file is missing, empty, or not an image.
     """
     with _opened(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        width, height = (image.height, image.width) if turned else image.size
         bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
         if image.mode.startswith("I;16") or _is_deep_colour(image):
             bits = 16
+        # Pillow has turned the size of a TIFF already, and would decode a whole PNG to look for its orientation.
+        look = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        turned = look and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = (image.height, image.width) if turned else image.size
         return ImageInfo(width, height, image.mode, bits)
 
 
@@ -119,8 +123,11 @@ def read_pixels(path: str | Path) -> Pixels:
     path = Path(path)
     with _opened(path) as image:
         if _is_deep_colour(image):
+            orientation = image.getexif().get(_ORIENTATION, 1)
             image.load()  # finds truncation, which OpenCV would hide
-            return _read_deep_colour(path, image.getexif().get(0x0112, 1))
+            pixels = _read_deep_colour(path, orientation)
+            return pixels[..., :1] if image.mode == "LA" else pixels
+        image.load()  # turns a TIFF, and only then says that nothing is left to turn
         image = ImageOps.exif_transpose(image)
         mode = image.mode
         if mode.startswith("I;16"):

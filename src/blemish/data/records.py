@@ -118,19 +118,29 @@ def read_manifest(root: str | Path, manifest: str = "manifest.csv") -> Records:
         )
     images: list[Record] = []
     problems: list[str] = []
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        columns = set(reader.fieldnames or ())
-        unknown = columns - {"path", "label", "mask", "split", "group"}
-        if not {"path", "label"} <= columns or unknown:
-            raise DataError(
-                f"Manifest {file} has the columns {', '.join(reader.fieldnames or ['(none)'])}; expected "
-                "path and label, and optionally mask, split, group."
-            )
-        for number, row in enumerate(reader, start=2):
-            record, problem = _manifest_row(file, number, {key: (row[key] or "").strip() for key in columns})
-            images += [record] if record else []
-            problems += [problem] if problem else []
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"Manifest {file} is not in UTF-8: save it as CSV UTF-8.") from error
+    reader = csv.DictReader(text.splitlines())
+    columns = set(reader.fieldnames or ())
+    if not {"path", "label"} <= columns or columns - {"path", "label", "mask", "split", "group"}:
+        raise DataError(
+            f"Manifest {file} has the columns {', '.join(reader.fieldnames or ['(none)'])}; expected path and label, "
+            "and optionally mask, split, group."
+        )
+    lines: dict[Path, int] = {}
+    for number, row in enumerate(reader, start=2):
+        if None in row:
+            problems.append(f"Line {number} of {file} has more fields than columns: quote fields that hold a comma.")
+            continue
+        record, problem = _manifest_row(file, number, {key: (row[key] or "").strip() for key in columns})
+        if record and record.path in lines:
+            problem = f"Line {number} of {file} names {record.path} twice (see line {lines[record.path]}): remove one."
+        elif record:
+            lines[record.path] = number
+            images.append(record)
+        problems += [problem] if problem else []
     if not images and not problems:
         raise DataError(f"Manifest {file} lists no image.")
     return Records(images, problems)

@@ -47,15 +47,17 @@ class Splits:
 
 
 def digest_files(paths: Sequence[Path], progress: bool = True) -> list[str]:
-    """SHA-256 of each file, in order."""
+    """SHA-256 of each file, in order. Raises DataError if one cannot be read."""
 
     def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return (
-                hashlib.file_digest(file, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else (hashlib.sha256(file.read()).hexdigest())
-            )
+        sha = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    sha.update(block)
+        except OSError as error:
+            raise DataError(f"Cannot read {path}: {error.strerror}; check its permissions, or remove it.") from error
+        return sha.hexdigest()
 
     with ThreadPoolExecutor(4) as pool:
         return list(
@@ -112,7 +114,7 @@ def split_records(
     units = find_units(records, digests)
     in_test = {unit for record, unit in zip(records, units, strict=True) if record.split == "test"}
     dropped = 0
-    free: dict[str, int] = {}  # unit -> number of images that blemish may place
+    free: set[str] = set()  # units that blemish may place
     fixed: dict[str, Split] = dict.fromkeys(in_test, "test")
     named = {split: bool(of_split(records, split)) for split in SPLITS}
     for record, unit in zip(records, units, strict=True):
@@ -121,15 +123,17 @@ def split_records(
         if unit in in_test:
             dropped += 1
         elif record.split in (None, "train"):
-            free[unit] = free.get(unit, 0) + 1
+            free.add(unit)
         elif fixed.setdefault(unit, record.split) != record.split:
             raise DataError(
                 f"{record.path} shares its group or content with an image of another split: give both one split."
             )
-    for unit in fixed:
-        free.pop(unit, None)
-
-    order = sorted(free)
+    for record, unit in zip(records, units, strict=True):
+        if record.split == "train" and fixed.get(unit, "train") not in ("train", "test"):
+            raise DataError(
+                f"{record.path} shares its group or content with an image of another split: give both one split."
+            )
+    order = sorted(free - fixed.keys())
     random.Random(seed).shuffle(order)
     total = len(order)
     for_calibration = (

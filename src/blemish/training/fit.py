@@ -59,7 +59,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "steps_per_epoch", "learning_rate", "panel_every"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is None or getattr(self, name) <= 0:
                 raise ConfigError(f"Expected training.{name} to be positive, found {getattr(self, name)}.")
         if self.steps % self.steps_per_epoch:
             raise ConfigError(
@@ -67,7 +67,7 @@ class TrainingSettings:
                 f"{self.steps_per_epoch}."
             )
         for name in ("weight_decay", "workers", "cache_gb"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) is None or getattr(self, name) < 0:
                 raise ConfigError(f"Expected training.{name} >= 0, found {getattr(self, name)}.")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"Expected training.patience >= 1 or null, found {self.patience}.")
@@ -138,6 +138,8 @@ def fit(
     try:
         with explain_write_errors(run):
             lightning.fit(task, data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise CheckpointError(f"Cannot continue from {last}: it is damaged; start a new run.") from error
     except SystemExit as stopped:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from stopped
     return load_best(run, model)

@@ -16,7 +16,7 @@ from torch import nn
 
 from blemish import __version__, pipeline
 from blemish.build import build, build_section
-from blemish.calibration import Calibration, Promise
+from blemish.calibration import Calibration, Promise, check_mask_rule
 from blemish.checkpoint import assemble, build_model, pick_device, save_detector
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
@@ -25,7 +25,9 @@ from blemish.data.records import SPLITS, Record, Split
 from blemish.data.splits import Splits, split_records
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.files import write_csv, write_json, write_text
+from blemish.preprocess import Preprocess
 from blemish.scores import Score
+from blemish.tiling import Tiling
 from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
@@ -119,6 +121,8 @@ class _Parts:
         training: TrainingSettings = build_section(TrainingSettings, settings, "training")
         check_trainer(settings["trainer"])
         torch.manual_seed(settings["seed"])
+        for section, name in ((Preprocess, "image"), (Tiling, "tiling")):
+            build_section(section, settings, name)  # before the model is tried on a tile
         model = build_model(settings)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         # The detector's own parts, so that training cuts and converts just as prediction will.
@@ -131,6 +135,7 @@ class _Parts:
             return ImageCache(paths, detector.preprocess, share * limit, split)
 
         images, held_out = cached("train", 0.9), cached("validation", 0.1)
+        cached("calibration", 0)  # only to find unreadable ones now, and not after the training
         tiles = TrainingTiles(images, detector.tiling.size, settings["seed"], augment)
         validation = ValidationTiles(held_out, detector.tiling)
         return cls(model, objective, score, corruption, training, tiles, validation)
@@ -140,6 +145,7 @@ def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
     """Split, and refuse before training what calibration would refuse after it."""
     if settings["seed"] < 0:
         raise ConfigError(f"Expected seed >= 0, found {settings['seed']}.")
+    check_mask_rule(settings["calibration"]["mask_rule"])
     promise = _promise(settings)
     splits = split_records(records, settings["seed"], **settings["split"], needed=promise.needed)
     promise.rank(len({item.unit for item in splits.of("calibration")}))
@@ -156,6 +162,7 @@ def _promise(settings: Mapping[str, Any]) -> Promise:
 
 def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts, about: dict[str, Any]) -> Finished:
     """From a prepared folder to a finished one; steps that are done are not done again."""
+    print(f"run folder: {run}", flush=True)
     if about["status"] == "trained":
         model = load_best(run, parts.model)
     else:
