@@ -315,7 +315,7 @@ def test_killed_prediction_goes_on_where_it_was(run_cli, tiny_run, tiny_data, pr
         path.unlink()
     result = run_cli(["predict", f"run={tiny_run}", f"input={tiny_data / 'test'}", "out=out"])
     assert result.code == 0, result.err
-    assert "4 were done before" in result.out
+    assert "4 of them before the interruption" in result.out
     after = rows_of(out)
     assert without_seconds(after) == without_seconds(rows)
     assert after[:4] == rows[:4]

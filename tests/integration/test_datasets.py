@@ -48,12 +48,6 @@ def test_tile_depends_on_seed_and_position_only(files):
     assert not all(torch.equal(other[position], first[position]) for position in range(20))
 
 
-def test_tile_does_not_depend_on_its_batch(files):
-    tiles = TrainingTiles(cache(files), SIZE, seed=3)
-    alone = torch.cat([tiles[position] for position in range(8)])
-    assert torch.equal(tiles.__getitems__(list(range(8))), alone)
-
-
 def test_batch_depends_on_seed_and_positions_only(files):
     positions = list(range(12, 20))
     first = TrainingTiles(cache(files), SIZE, seed=3).__getitems__(positions)

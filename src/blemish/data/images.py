@@ -97,6 +97,11 @@ def _is_deep_colour(image: Image.Image) -> bool:
     return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile)  # type: ignore[attr-defined]
 
 
+def _mode(image: Image.Image) -> str:
+    """Pillow's mode, but LA for 16-bit grey with alpha, which Pillow would open as RGBA."""
+    return "LA" if any("LA;16" in str(tile[3]) for tile in image.tile) else image.mode  # type: ignore[attr-defined]
+
+
 def probe(path: Path) -> ImageInfo:
     """Read only the header of `path`.
 
@@ -107,11 +112,12 @@ def probe(path: Path) -> ImageInfo:
         bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
         if image.mode.startswith("I;16") or _is_deep_colour(image):
             bits = 16
+        mode = _mode(image)
         # Pillow has turned the size of a TIFF already, and would decode a whole PNG to look for its orientation.
         look = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
         turned = look and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         width, height = (image.height, image.width) if turned else image.size
-        return ImageInfo(width, height, image.mode, bits)
+        return ImageInfo(width, height, mode, bits)
 
 
 def read_pixels(path: str | Path) -> Pixels:
@@ -123,10 +129,10 @@ def read_pixels(path: str | Path) -> Pixels:
     path = Path(path)
     with _opened(path) as image:
         if _is_deep_colour(image):
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            image.load()  # finds truncation, which OpenCV would hide
-            pixels = _read_deep_colour(path, orientation)
-            return pixels[..., :1] if image.mode == "LA" else pixels
+            grey = _mode(image) == "LA"
+            image.load()  # finds truncation, which OpenCV would hide; OpenCV turns a TIFF, and Pillow then says so
+            pixels = _read_deep_colour(path, image.getexif().get(_ORIENTATION, 1))
+            return np.ascontiguousarray(pixels[..., :1]) if grey else pixels
         image.load()  # turns a TIFF, and only then says that nothing is left to turn
         image = ImageOps.exif_transpose(image)
         mode = image.mode
