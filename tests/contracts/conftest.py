@@ -4,7 +4,6 @@ from copy import deepcopy
 from functools import cache
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -22,12 +21,3 @@ def composed(*overrides):
 def settings():
     """Compose `train` with some overrides, resolved to plain data that may be changed."""
     return lambda *overrides: deepcopy(composed(*overrides))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other cost more than these small tensors, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

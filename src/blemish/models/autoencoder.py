@@ -26,6 +26,8 @@ class ConvAutoencoder(nn.Module):
         ConfigError: an argument is out of range, or (in `forward`) the tile's sides do not fit the depth.
     """
 
+    numbers_per_dimension = 1  # that the encoder gives for each dimension of the code
+
     def __init__(
         self,
         channels: int = 1,
@@ -43,7 +45,7 @@ class ConvAutoencoder(nn.Module):
         features = level_widths(width, depth)[-1]
         grid = tile_size // 2**depth if tile_size else None
         self.encoder = Encoder(channels, width, depth, normalisation, activation)
-        self.into_code = IntoCode(features, latent_dim, latent, grid)
+        self.into_code = IntoCode(features, self.numbers_per_dimension * latent_dim, latent, grid)
         self.from_code = FromCode(latent_dim, features, latent, grid)
         self.decoder = Decoder(channels, width, depth, normalisation, activation)
 
