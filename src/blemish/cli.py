@@ -22,6 +22,10 @@ _VERBS = {
     "check": "look a data set over before training",
     "compare": "one table over the runs of a sweep",
 }
+_GOES_ON = {
+    "train": "; every finished epoch is kept: `blemish train resume=RUN` goes on with the run folder named above",
+    "predict": "; what was finished is kept: the same command goes on",
+}
 _POSITIONAL = {"compare": "dir", "check": "data.root"}
 _PATHS = ("data.root", "out", "run", "input", "dir", "resume")
 _HYDRA = (
@@ -57,10 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         code = BUG
     except KeyboardInterrupt:
-        print(
-            "blemish: interrupted; what was finished is kept, the same command (or resume=RUN) goes on.",
-            file=sys.stderr,
-        )
+        print(f"blemish: interrupted{_GOES_ON.get(words[0], '')}.", file=sys.stderr)
         code = INTERRUPTED
     raise SystemExit(code)
 
