@@ -67,7 +67,9 @@ def invent_run(folder: Path) -> Path:
     maps = detector.score_maps(random_image(rng, 128) for _ in range(19))
     scores = [float(score_map.max()) for score_map in maps]
     calibration = Calibration.fit(scores, [str(i) for i in range(19)], Promise(), detector.fingerprint)
-    save_detector(folder, settings, model, calibration, {"version": __version__, "trained_on": []})
+    save_detector(
+        folder, settings, model, calibration, {"version": __version__, "trained_on": [], "trained_groups": []}
+    )
     return folder
 
 

@@ -22,6 +22,7 @@ from blemish.errors import CalibrationError, ConfigError
 
 RULES = ("marginal", "pac")
 MASK_RULES = ("any_pixel",)
+_EXACT = ("units", "rank", "image_threshold", "mask_threshold")
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,13 @@ class Calibration:
                 promise, image, mask, card["images"], card["fingerprint"], card["mask_rule"], card["made"]
             )
             ascending = all(np.isfinite(t.scores).all() and (np.diff(t.scores) >= 0).all() for t in (image, mask))
-            consistent = ascending and card["mask_rule"] in MASK_RULES and calibration.to_dict() == card
+            # The interval and the sentence are derived, and may be rounded or worded otherwise elsewhere.
+            exact = {key: value for key, value in calibration.to_dict().items() if key in _EXACT}
+            consistent = (
+                ascending
+                and card["mask_rule"] in MASK_RULES
+                and all(card[key] == value for key, value in exact.items())
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(
                 f"The calibration card is incomplete or damaged ({type(error).__name__}: {error}): "

@@ -129,12 +129,15 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_detector(run: str | Path, device: str = "auto", trusted: Sequence[str] = ()) -> Detector:
+def load_detector(
+    run: str | Path, device: str = "auto", trusted: Sequence[str] = (), *, with_card: bool = True
+) -> Detector:
     """Load the detector of a run, calibrated if the run is.
 
     Args:
         run: the folder that `blemish train` made, or its `detector.pt`.
         device: cpu, cuda, ... or auto (the GPU if there is one).
+        with_card: False leaves the calibration out, whatever its state, so that a new one can be made.
         trusted: packages besides blemish's own models and torch.nn that the checkpoint may take classes from.
 
     Raises:
@@ -147,7 +150,8 @@ def load_detector(run: str | Path, device: str = "auto", trusted: Sequence[str] 
         model.load_state_dict(content["state_dict"])
     except RuntimeError as error:
         raise CheckpointError(f"The weights in {run} do not fit its model: {str(error).splitlines()[0]}") from error
-    calibration = Calibration.from_dict(content["calibration"]) if content["calibration"] else None
+    card = content["calibration"] if with_card else None
+    calibration = Calibration.from_dict(card) if card else None
     return assemble(content["config"], model, calibration, content["about"], pick_device(device), allowed)
 
 

@@ -24,7 +24,7 @@ _VERBS = {
 }
 _GOES_ON = {
     "train": "; every finished epoch is kept: `blemish train resume=RUN` goes on with the run folder named above",
-    "predict": "; what was finished is kept: the same command goes on",
+    "predict": "; what was finished is kept: the same command goes on, with out= as named above",
 }
 _POSITIONAL = {"compare": "dir", "check": "data.root"}
 _PATHS = ("data.root", "out", "run", "input", "dir", "resume")
@@ -54,7 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         print(f"blemish: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
         code = MISTAKE
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            print(
+                "blemish: the device is out of memory: lower training.batch_size, tiling.batch or tiling.size.",
+                file=sys.stderr,
+            )
+            raise SystemExit(MISTAKE) from error
         traceback.print_exc()
         print(
             "blemish: this is a bug in blemish, not in what you asked; please report the lines above.", file=sys.stderr
@@ -93,6 +99,8 @@ def _run(verb: str, words: list[str]) -> int:
             options.append(word)
         else:
             overrides.append(_tidy(verb, word, sweep))
+    if sweep and verb != "train":
+        raise ConfigError(f"Only `blemish train` sweeps: call `blemish {verb}` once for each value.")
     config = _compose(verb, overrides, sweep)
     if flags:
         return _hand_to_hydra(verb, overrides, options, sweep)
@@ -115,7 +123,7 @@ def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], sweep: b
         print(f"run {job.job.num}: {' '.join(job.overrides.task)}")
         try:
             codes.append(ACTIONS[verb](config, [str(word) for word in job.overrides.task]))
-        except BlemishError as error:  # said here: Hydra would print a traceback
+        except (BlemishError, OSError) as error:  # said here: Hydra would print a traceback
             print(f"blemish: {error}", file=sys.stderr)
             codes.append(MISTAKE)
 
@@ -139,7 +147,7 @@ def _tidy(verb: str, word: str, sweep: bool) -> str:
         if verb not in _POSITIONAL:
             raise ConfigError(f"Expected settings as KEY=VALUE, found '{word}'; see `blemish {verb} --help`.")
         key, value = _POSITIONAL[verb], word
-    if key in _PATHS and value and value[0] not in "'\"" and not re.fullmatch(r"[\w./~+-]+", value):
+    if key in _PATHS and value not in ("", "null") and value[0] not in "'\"":
         is_list = value[0] == "[" or (sweep and "," in value)
         if not is_list or _exists(value):
             # Inside Hydra's quotes a backslash is itself, unless it stands before a quote; ${ would be looked up.
@@ -234,7 +242,8 @@ def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
         for kind, name in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
             if isinstance(before, kind):
                 fits = isinstance(after, (int, float) if kind is float else kind)
-                if after is not None and not fits:
+                may_be_null = prefix == "trainer." or f"{prefix}{key}" == "training.patience"
+                if not fits and not (after is None and may_be_null):
                     raise ConfigError(f"The setting {prefix}{key} expects {name}, found '{after}'.")
                 break
 

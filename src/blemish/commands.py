@@ -110,23 +110,25 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
 
     from blemish import pipeline
     from blemish.build import TRUSTED, build
-    from blemish.calibration import Promise
+    from blemish.calibration import Promise, check_mask_rule
     from blemish.checkpoint import load_detector, read_checkpoint, save_detector
 
     run = Path(_required(config, "run", "calibrate run=RUN data.root=DIR"))
-    detector = load_detector(run, config.device, config.trusted)
+    own = OmegaConf.is_missing(config.data, "root")
+    detector = load_detector(run, config.device, config.trusted, with_card=own)
     content = read_checkpoint(run)
-    before = detector.calibration
+    card = content["calibration"]
     wanted = {key: value for key, value in config.calibration.items() if value is not None}
-    rule = wanted.pop("mask_rule", before.mask_rule if before else "any_pixel")
-    defaults = {} if before is None else vars(before.promise)
-    promise = Promise(**{**defaults, **wanted})
-    if OmegaConf.is_missing(config.data, "root"):
-        if before is None:
-            raise ConfigError("The run has no calibration scores yet: give normal images with data.root=DIR.")
-        calibration = before.with_promise(promise)
+    rule = wanted.pop("mask_rule", card["mask_rule"] if card else "any_pixel")
+    check_mask_rule(rule)
+    promise = Promise(**{**(card["promise"] if card else {}), **wanted})
+    if own:
+        calibration = detector.card.with_promise(promise)
     else:
-        records = pipeline.normals_to_calibrate(_read(_plain(config.data)).sound(), content["about"]["trained_on"])
+        about = content["about"]
+        records = pipeline.normals_to_calibrate(
+            _read(_plain(config.data)).sound(), about["trained_on"], about["trained_groups"]
+        )
         calibration = pipeline.calibrate(detector, records, promise, rule)
     model = build(content["config"]["model"], (*TRUSTED, *config.trusted), "model")
     model.load_state_dict(content["state_dict"])
@@ -164,6 +166,7 @@ def _predict(config: Any, overrides: list[str]) -> int:
     inputs = [str(item) for item in inputs] if OmegaConf.is_list(inputs) else str(inputs)
     out = Path(config.out) if config.out is not None else dated(run / "predictions")
     detector = load_detector(run, config.device, config.trusted)
+    print(f"writing to: {out}", flush=True)
     summary = pipeline.predict(detector, inputs, out, config.overwrite)
     resumed = f" ({summary.resumed} of them before the interruption)" if summary.resumed else ""
     print(f"{summary.images} images{resumed}: {summary.anomalous} anomalous, {len(summary.errors)} unusable")

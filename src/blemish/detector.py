@@ -86,7 +86,7 @@ class Detector:
         return next(self.score_maps([image]))
 
     def score_maps(self, images: Iterable[Pixels]) -> Iterator[FloatArray]:
-        """Score maps of many images, in order, each as `score_map` gives it."""
+        """Score maps of many images, in order; batches may round otherwise than `score_map` in the last bits."""
         for batch in self.score_batches(images):
             yield from batch
 

@@ -126,7 +126,7 @@ class PredictionFiles:
             writer.writeheader()
             for line in lines:
                 row = json.loads(line)
-                writer.writerow(row | {"regions": row["regions"], "boxes": json.dumps(row["boxes"])})
+                writer.writerow(row | {"boxes": json.dumps(row["boxes"])})
         with explain_write_errors(self._out):
             self._part.replace(self._out / "predictions.jsonl")
 

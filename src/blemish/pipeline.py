@@ -1,15 +1,17 @@
-"""The verbs: calibrate, evaluate, predict, check, compare. Objects in, files and results out; no config, no CLI.
+"""The verbs calibrate, evaluate, predict and compare. Objects in, files and results out; no config, no CLI.
 
-(Training is in `training/run.py` and `training/fit.py`, beside Lightning, which these verbs do not need.)
+(Training is in `training/run.py` and `training/fit.py`, beside Lightning, which these verbs do not need; `check` is in
+`data/check.py`, which needs no torch.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,11 @@ def made_by(detector: Detector) -> dict[str, Any]:
         "software": "blemish",
         "version": __version__,
         "fingerprint": detector.fingerprint,
-        "calibration": detector.calibration.to_dict()["promise"] if detector.calibration else None,
+        "calibration": (
+            asdict(detector.calibration.promise) | {"threshold": detector.calibration.image.value}
+            if detector.calibration
+            else None
+        ),
         "seed": detector.about.get("seed"),
         "data_fingerprint": detector.about.get("data_fingerprint"),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -122,33 +128,44 @@ def calibrate(
         if scored.error:
             raise DataError(f"A calibration image cannot be used. {scored.error}")
         scores.append(image_score(scored.score_map))
-    return Calibration.fit(
-        scores, [item.unit for item in records], promise, detector.fingerprint, mask_rule, made_by(detector)
-    )
+    made = {key: value for key, value in made_by(detector).items() if key != "calibration"}
+    digests = "".join(sorted(item.digest for item in records))
+    made["calibration_fingerprint"] = hashlib.sha256(digests.encode()).hexdigest()
+    return Calibration.fit(scores, [item.unit for item in records], promise, detector.fingerprint, mask_rule, made)
 
 
 def normals_to_calibrate(
-    records: Sequence[Record], trained_on: Sequence[str], progress: bool = True
+    records: Sequence[Record], trained_on: Sequence[str], trained_groups: Sequence[str] = (), progress: bool = True
 ) -> list[SplitRecord]:
-    """The normal images among `records` as calibration records.
+    """The normal images among `records` as calibration records: those marked "calibration" or, if none is, all that
+    are not of the test or validation part and share no content or group with the test part.
 
     Args:
         trained_on: SHA-256 of the files that trained or selected the model.
+        trained_groups: the groups of those files.
 
     Raises:
         CalibrationError: some of them trained: their scores are too low to calibrate with.
     """
-    normals = [record for record in records if record.is_normal and record.split != "test"]
-    digests = digest_files([record.path for record in normals], progress)
-    known = set(trained_on)
-    seen = [record.path for record, digest in zip(normals, digests, strict=True) if digest in known]
+    digests = digest_files([record.path for record in records], progress)
+    units = find_units(records, digests)
+    in_test = {unit for record, unit in zip(records, units, strict=True) if record.split == "test"}
+    named = any(record.split == "calibration" for record in records)
+    chosen = [
+        SplitRecord(record, digest, unit)
+        for record, digest, unit in zip(records, digests, units, strict=True)
+        if record.is_normal
+        and unit not in in_test
+        and (record.split == "calibration" if named else record.split in (None, "train"))
+    ]
+    files, groups = set(trained_on), set(trained_groups)
+    seen = [item.record.path for item in chosen if item.digest in files or item.record.group in groups]
     if seen:
         raise CalibrationError(
-            f"{len(seen)} of {len(normals)} calibration images took part in training (first: {seen[0]}): their scores "
-            "are too low to promise anything; give images that the model has not seen."
+            f"{len(seen)} of {len(chosen)} calibration images, or others of their group, took part in training (first: "
+            f"{seen[0]}): their scores are too low to promise anything; give images that the model has not seen."
         )
-    units = find_units(normals, digests)
-    return [SplitRecord(record, digest, unit) for record, digest, unit in zip(normals, digests, units, strict=True)]
+    return chosen
 
 
 def evaluate(detector: Detector, records: Sequence[Record], out: Path, progress: bool = True) -> dict[str, Any]:
@@ -218,7 +235,9 @@ def predict(
     Raises:
         DataError: an input is missing. BlemishError: `out` cannot be used. NotCalibrated.
     """
-    pairs = expand_inputs(inputs)
+    # Results of an earlier run are no inputs, should `out` lie inside the input folder.
+    inside = out.absolute()
+    pairs = [pair for pair in expand_inputs(inputs) if inside not in pair[0].absolute().parents]
     stems = dict(zip([path for path, _ in pairs], unique_stems([name for _, name in pairs]), strict=True))
     files = PredictionFiles(out, made_by(detector), detector.card.mask.value, overwrite)
     before = files.done()
@@ -266,7 +285,9 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
             metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
             overall = metrics["overall"]
             row += [*(overall[name] for name in figures), overall["calibrated"]["image_f1"]]
-            row += [metrics["normals"]["false_alarm_rate"], ""]
+            card = json.loads((run / "card.json").read_text(encoding="utf-8"))
+            stale = metrics["made"]["calibration"]["threshold"] != card["image_threshold"]
+            row += [metrics["normals"]["false_alarm_rate"], "recalibrated since: evaluate again" if stale else ""]
         else:
             finished = (run / "detector.pt").is_file()
             row += [None] * (len(figures) + 2) + ["no test part" if finished else "unfinished or failed"]

@@ -105,7 +105,8 @@ def split_records(
         ConfigError: a share is out of range. DataError: no image is left to train on, or a unit is named in
             two splits.
     """
-    if not 0 < validation < 1 or (calibration is not None and not 0 < calibration < 1 - validation):
+    shares = [validation] if calibration is None else [validation, calibration]
+    if not all(isinstance(share, (int, float)) and share > 0 for share in shares) or sum(shares) >= 1:
         raise ConfigError(
             f"Expected split.validation and split.calibration in (0, 1) and together below 1, found {validation} "
             f"and {calibration}."

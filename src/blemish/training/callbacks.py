@@ -15,8 +15,8 @@ from blemish.training.task import ReconstructionTask
 class Panel(pl.Callback):
     """Every few epochs, a picture of validation tiles in three rows: input, expected, score map.
 
-    The score map's scale is fixed by the first panel (white is twice its largest value), so that pictures of
-    different epochs can be compared.
+    The score map's scale is fixed by the first panel of a process (white is twice its largest value), so that
+    pictures of different epochs can be compared.
     """
 
     def __init__(self, score: Score, every: int, tiles: int = 8) -> None:

@@ -28,6 +28,20 @@ from blemish.training.objectives import ReconstructionObjective
 from blemish.training.task import ReconstructionTask
 
 CHECKPOINTS = "checkpoints"
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_OWN_ARGUMENTS = {
+    "callbacks",
+    "default_root_dir",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "logger",
+    "max_epochs",
+    "max_steps",
+    "num_sanity_val_steps",
+    "use_distributed_sampler",
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,8 @@ def fit(
 ) -> nn.Module:
     """Train `model` in the folder `run`; the weights of the best validation loss are loaded into it.
 
-    If `run` holds a last checkpoint, training continues from it, to the same weights as if it had never stopped.
+    If `run` holds a last checkpoint, training continues from it, to the same weights as if it had never
+    stopped (on a CPU bit for bit; some CUDA kernels sum in no fixed order).
 
     Args:
         score: for the pictures in TensorBoard.
@@ -135,21 +150,39 @@ def fit(
         enable_progress_bar=progress,
     )
     last = run / CHECKPOINTS / "last.ckpt"
+    if last.is_file():
+        _load(last)  # says so if it is damaged
     try:
         with explain_write_errors(run):
             lightning.fit(task, data, ckpt_path=last if last.is_file() else None, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise CheckpointError(f"Cannot continue from {last}: it is damaged; start a new run.") from error
     except SystemExit as stopped:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from stopped
     return load_best(run, model)
 
 
+def _load(path: Path) -> dict[str, Any]:
+    """The weights in one of Lightning's checkpoints."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"Cannot load {path}: it is missing or damaged; start a new run.") from error
+    return state
+
+
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Raise ConfigError if Lightning cannot work with these arguments on this machine."""
     _quieten()
+    taken = sorted(_OWN_ARGUMENTS & trainer.keys())
+    if taken:
+        raise ConfigError(f"trainer.{taken[0]} is set by blemish itself: leave it out.")
+    if str(trainer.get("precision", "32-true")) not in _PRECISIONS:
+        raise ConfigError(
+            f"Expected trainer.precision to be one of {', '.join(_PRECISIONS)}, found '{trainer['precision']}'."
+        )
     try:
-        pl.Trainer(**trainer, logger=False, enable_checkpointing=False)
+        lightning = pl.Trainer(**trainer, logger=False, enable_checkpointing=False)
+        if type(lightning.strategy.launcher).__name__ == "_SubprocessScriptLauncher":
+            raise ConfigError("Several devices need trainer=ddp: other strategies would start the whole command anew.")
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"The settings of trainer do not fit: {error}") from error
 
@@ -160,11 +193,7 @@ def load_best(run: Path, model: nn.Module) -> nn.Module:
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
     """
-    path = run / CHECKPOINTS / "best.ckpt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"Cannot load {path}: it is missing or damaged; start a new run.") from error
+    state = _load(run / CHECKPOINTS / "best.ckpt")
     weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     model.load_state_dict(weights)
     return model

@@ -127,7 +127,7 @@ class _Parts:
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         # The detector's own parts, so that training cuts and converts just as prediction will.
         detector = assemble(settings, model)
-        augment = build(settings["augment"], where="augment") if settings["augment"]["transforms"] else None
+        augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit = training.cache_gb * 2**30
 
         def cached(split: Split, share: float) -> ImageCache:
@@ -181,14 +181,18 @@ def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts
         # Early stopping would let a resumed training go one epoch further.
         about["status"] = "trained"
         write_json(run / RUN_FILE, about)
-    trained_on = sorted(item.digest for name in SPLITS[:2] for item in splits.of(name))
+    seen = [item for name in SPLITS[:2] for item in splits.of(name)]
+    trained = {
+        "trained_on": sorted(item.digest for item in seen),
+        "trained_groups": sorted({item.record.group for item in seen if item.record.group is not None}),
+    }
     device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
     detector = assemble(settings, model, about=about, device=device)
     calibration = pipeline.calibrate(
         detector, splits.of("calibration"), _promise(settings), settings["calibration"]["mask_rule"]
     )
     about["status"] = "done"
-    save_detector(run, settings, model, calibration, about | {"trained_on": trained_on})
+    save_detector(run, settings, model, calibration, about | trained)
     metrics = None
     if test := [item.record for item in splits.of("test")]:
         metrics = pipeline.evaluate(detector.calibrated(calibration), test, run)

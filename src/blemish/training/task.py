@@ -19,7 +19,7 @@ class ReconstructionTask(pl.LightningModule):
     The learning rate follows one cycle (Smith and Topin, arXiv 1708.07120) over `steps` optimiser steps.
 
     Randomness is seeded per epoch from (seed, epoch, rank), not carried along: a training resumed at an epoch's
-    start is bit for bit the one that was never interrupted.
+    start is the one that was never interrupted, on a CPU bit for bit.
     """
 
     def __init__(
