@@ -91,11 +91,20 @@ def save_detector(
         "calibration": calibration.to_dict() if calibration else None,
         "about": dict(about),
     }
+    _write(run, content)
+
+
+def replace_calibration(run: Path, calibration: Calibration) -> None:
+    """Give a saved detector another calibration; all else stays as it is."""
+    _write(run, read_checkpoint(run) | {"calibration": calibration.to_dict()})
+
+
+def _write(run: Path, content: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()  # so that a full disk is the operating system's error, not the serialiser's
     torch.save(content, buffer)
     write_bytes(run / DETECTOR_FILE, buffer.getvalue())
-    if calibration:
-        write_json(run / CARD_FILE, calibration.to_dict())
+    if content["calibration"]:
+        write_json(run / CARD_FILE, content["calibration"])
 
 
 def read_checkpoint(run: str | Path) -> dict[str, Any]:

@@ -119,8 +119,9 @@ def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], sweep: b
 
     def task(config: Any) -> None:
         job = HydraConfig.get()
-        config.out = str(Path(job.sweep.dir) / str(job.sweep.subdir))
-        print(f"run {job.job.num}: {' '.join(job.overrides.task)}")
+        if sweep:
+            config.out = str(Path(job.sweep.dir) / str(job.sweep.subdir))
+            print(f"run {job.job.num}: {' '.join(job.overrides.task)}")
         try:
             codes.append(ACTIONS[verb](config, [str(word) for word in job.overrides.task]))
         except (BlemishError, OSError) as error:  # said here: Hydra would print a traceback

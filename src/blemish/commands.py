@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from blemish.errors import ConfigError
 
 if TYPE_CHECKING:
-    from blemish.calibration import Promise
     from blemish.data.records import Records
 
 DONE, SOME_FAILED, MISTAKE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
@@ -79,12 +78,6 @@ def _train(config: Any, overrides: list[str]) -> int:
     return code
 
 
-def _promise(calibration: dict[str, Any]) -> Promise:
-    from blemish.calibration import Promise
-
-    return Promise(calibration["alpha"], calibration["rule"], calibration["delta"])
-
-
 def _print_metrics(metrics: dict[str, Any], calibration: Any) -> int:
     from blemish.evaluation.report import metrics_table
 
@@ -109,9 +102,8 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from blemish import pipeline
-    from blemish.build import TRUSTED, build
     from blemish.calibration import Promise, check_mask_rule
-    from blemish.checkpoint import load_detector, read_checkpoint, save_detector
+    from blemish.checkpoint import load_detector, read_checkpoint, replace_calibration
 
     run = Path(_required(config, "run", "calibrate run=RUN data.root=DIR"))
     own = OmegaConf.is_missing(config.data, "root")
@@ -130,9 +122,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
             _read(_plain(config.data)).sound(), about["trained_on"], about["trained_groups"]
         )
         calibration = pipeline.calibrate(detector, records, promise, rule)
-    model = build(content["config"]["model"], (*TRUSTED, *config.trusted), "model")
-    model.load_state_dict(content["state_dict"])
-    save_detector(run, content["config"], model, calibration, content["about"])
+    replace_calibration(run, calibration)
     print(f"calibrated: {calibration.in_words()}")
     print(f"threshold: {calibration.image.value:.6g}; card: {run / 'card.json'}")
     return DONE
@@ -177,11 +167,14 @@ def _predict(config: Any, overrides: list[str]) -> int:
 
 
 def _check(config: Any, overrides: list[str]) -> int:
+    from blemish.build import build_section
+    from blemish.calibration import Promise
     from blemish.data.check import check
 
     _required(config, "data.root", "check data.root=DIR")
     settings = _plain(config)
-    report = check(_read(settings["data"]), _promise(settings["calibration"]), settings["seed"], **settings["split"])
+    promise = build_section(Promise, settings, "calibration")
+    report = check(_read(settings["data"]), promise, settings["seed"], **settings["split"])
     print("\n".join(report.facts))
     for sentence in report.problems:
         print(f"problem: {sentence}")

@@ -125,12 +125,10 @@ def split_records(
             dropped += 1
         elif record.split in (None, "train"):
             free.add(unit)
-        elif fixed.setdefault(unit, record.split) != record.split:
-            raise DataError(
-                f"{record.path} shares its group or content with an image of another split: give both one split."
-            )
+        else:
+            fixed.setdefault(unit, record.split)
     for record, unit in zip(records, units, strict=True):
-        if record.split == "train" and fixed.get(unit, "train") not in ("train", "test"):
+        if record.split is not None and fixed.get(unit, record.split) not in (record.split, "test"):
             raise DataError(
                 f"{record.path} shares its group or content with an image of another split: give both one split."
             )
