@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint types check benchmark clean
+.PHONY: help demo test test-slow lint types check benchmark prove clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,5 +37,8 @@ benchmark: $(STAMP) ## training and prediction speed, as ratios to bare PyTorch
 	$(BIN)/python scripts/benchmark_training.py
 	$(BIN)/python scripts/benchmark_prediction.py
 
-clean: ## remove the virtual environment and what the demo made
-	rm -rf $(VENV) demo
+prove: $(STAMP) ## repeat calibration and test on real images, against the exact laws (DATA="--dice DIR" adds more)
+	$(BIN)/python scripts/prove_calibration.py proof $(DATA)
+
+clean: ## remove the virtual environment and what demo and prove made
+	rm -rf $(VENV) demo proof

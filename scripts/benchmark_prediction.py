@@ -4,7 +4,8 @@
 
 Images per second with everything written, against the bare forward pass (model and residual) of the same tiles at
 the same batch size; peak memory for 500 and for 5000 images of 128 x 128; peak memory for one of 6000 x 6000 above
-that of a process that has loaded the detector and done nothing. Without RUN, an untrained default model with an
+that of a process that has loaded the detector and done nothing; the cost of each mask rule on a map of 1000 x 1000,
+against that of the map itself. Without RUN, an untrained default model with an
 invented calibration serves: speed does not depend on the weights.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def invent_run(folder: Path) -> Path:
     scores = [float(score_map.max()) for score_map in maps]
     calibration = Calibration.fit(scores, [str(i) for i in range(19)], Promise(), detector.fingerprint)
     save_detector(
-        folder, settings, model, calibration, {"version": __version__, "trained_on": [], "trained_groups": []}
+        folder, settings, detector, calibration, {"version": __version__, "trained_on": [], "trained_groups": []}
     )
     return folder
 
@@ -97,6 +99,26 @@ def bare_forward(run: Path, batch: int, images: int) -> float:
     return images // batch * batch / (time.perf_counter() - start)
 
 
+def mask_rule_costs(run: Path, repeats: int = 5) -> dict[str, float]:
+    """Seconds to score an image of 1000 x 1000 pixels, and to apply each mask rule to its map (medians)."""
+    from blemish import load_detector
+    from blemish.mask_rules import MaskRule
+
+    detector = load_detector(run, "cpu")
+    image = random_image(np.random.default_rng(2), 1000)
+    score_map = detector.score_map(image)
+    tasks: dict[str, Any] = {"score map": partial(detector.score_map, image)}
+    for name in ("any_pixel", "area_fraction", "region"):
+        tasks[name] = partial(MaskRule(name).score, score_map)
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -113,6 +135,7 @@ def main() -> None:
         bare = bare_forward(run, 32, 512)
         many = measure(run, str(folder / "5000"), folder / "out5000")
         large = measure(run, str(folder / "large"), folder / "outlarge")
+        costs = mask_rule_costs(run)
     speed = 500 / few["seconds"]
     print(f"500 images of 128 x 128, everything written: {speed:.1f} images/s")
     print(f"bare forward pass at batch 32:               {bare:.1f} images/s; ratio {speed / bare:.2f}")
@@ -121,6 +144,9 @@ def main() -> None:
         f"({many['peak'] / few['peak'] - 1:+.1%}); 5000 images at {5000 / many['seconds']:.1f} images/s"
     )
     above = (large["peak"] - large["idle"]) / 1024
+    whole = costs.pop("score map")
+    shares = ", ".join(f"{name} {seconds:.3f} s ({seconds / whole:.2f})" for name, seconds in costs.items())
+    print(f"1000 x 1000: score map {whole:.2f} s; mask rules: {shares}")
     print(f"one image of 6000 x 6000: {large['seconds']:.0f} s, peak {above:.0f} MiB above idle")
 
 

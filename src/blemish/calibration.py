@@ -19,10 +19,11 @@ import numpy.typing as npt
 from scipy import stats
 
 from blemish.errors import CalibrationError, ConfigError
+from blemish.mask_rules import MaskRule
+from blemish.noise import Noise
 
 RULES = ("marginal", "pac")
-MASK_RULES = ("any_pixel",)
-_EXACT = ("units", "rank", "image_threshold", "mask_threshold")
+_EXACT = ("units", "rank", "threshold")
 
 
 @dataclass(frozen=True)
@@ -72,26 +73,32 @@ class Promise:
             alpha = math.nextafter(alpha, 1)
         return alpha
 
-    def rank(self, n: int) -> int:
+    def rank(self, n: int, images: int | None = None) -> int:
         """The rank k (1 to n, from below) of the calibration score that serves as the threshold.
+
+        Args:
+            n: calibration units.
+            images: in these units, for the message; None if each is one image.
 
         Raises:
             CalibrationError: n is too small; says how many are needed and what n can promise.
         """
         if n < self.needed:
-            raise CalibrationError(f"{self.shortage(n)} Add normal images, or set calibration.alpha accordingly.")
+            raise CalibrationError(
+                f"{self.shortage(n, images)} Add normal images, or set calibration.alpha accordingly."
+            )
         if self.rule == "marginal":
             return math.ceil((n + 1) * (1 - self._exact_alpha))
         ranks = np.arange(1, n + 1)
         kept = stats.beta.cdf(self.alpha, n + 1 - ranks, ranks) >= 1 - self.delta
         return int(ranks[kept][0]) if kept.any() else n
 
-    def shortage(self, n: int) -> str:
+    def shortage(self, n: int, images: int | None = None) -> str:
         """One sentence on why n calibration units are too few, with the figures for both rules."""
         marginal, pac = (Promise(self.alpha, rule, self.delta) for rule in RULES)
         return (
-            f"{n} calibration images are too few for alpha = {self.alpha:g} ({self.rule}): it needs {marginal.needed} "
-            f"(marginal) or {pac.needed} (pac, delta = {self.delta:g}); {n} can promise alpha = "
+            f"{count_units(n, images)} are too few for alpha = {self.alpha:g} ({self.rule}): it needs "
+            f"{marginal.needed} (marginal) or {pac.needed} (pac, delta = {self.delta:g}); {n} can promise alpha = "
             f"{round_up(marginal.smallest_alpha(n))} (marginal) or {round_up(pac.smallest_alpha(n))} (pac)."
         )
 
@@ -101,11 +108,44 @@ class Promise:
         low, high = stats.beta.interval(level, n + 1 - k, k)
         return float(low), float(high)
 
+    def rate_limit(self, n: int, level: float = 0.95) -> float:
+        """The true false-alarm rate is at most this with confidence `level` (over calibration sets)."""
+        k = self.rank(n)
+        return float(stats.beta.ppf(level, n + 1 - k, k))
 
-def check_mask_rule(name: str) -> None:
-    """Raise ConfigError for an unknown mask rule."""
-    if name not in MASK_RULES:
-        raise ConfigError(f"Expected calibration.mask_rule to be one of {', '.join(MASK_RULES)}, found '{name}'.")
+
+def read_settings(section: Mapping[str, Any]) -> tuple[Promise, MaskRule]:
+    """The section `calibration` of a config: alpha, rule, delta; mask_rule, tau, region_area.
+
+    Raises:
+        ConfigError: an unknown setting, or a value out of range.
+    """
+    rest = dict(section)
+    for_promise = {key: rest.pop(key) for key in ("alpha", "rule", "delta") if key in rest}
+    names = {"mask_rule": "name", "tau": "tau", "region_area": "region_area"}
+    for_mask = {name: rest.pop(key) for key, name in names.items() if key in rest}
+    if rest:
+        raise ConfigError(f"calibration has no setting '{next(iter(rest))}'.")
+    return Promise(**for_promise), MaskRule(**for_mask)
+
+
+def q_values(p_values: Sequence[float]) -> list[float]:
+    """The smallest false discovery rate at which each image of a batch would be called anomalous.
+
+    Calling anomalous what has q <= Q keeps the expected share of normal images among the called ones at Q or less.
+    Source: Benjamini and Hochberg, JRSS B 1995; valid for conformal p-values by Bates et al., arXiv 2104.08279.
+    """
+    if not len(p_values):
+        return []
+    adjusted: list[float] = stats.false_discovery_control(p_values, method="bh").tolist()
+    return adjusted
+
+
+def count_units(n: int, images: int | None = None) -> str:
+    """ "30 calibration images", or, where several images are one unit, how many of each."""
+    if images is None or images == n:
+        return f"{n} calibration images"
+    return f"{n} independent calibration units ({images} images; a group, or copies of an image, count once)"
 
 
 def round_up(value: float) -> str:
@@ -114,50 +154,36 @@ def round_up(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """A conformal threshold: the `rank`-th smallest of the calibration `scores` (ascending)."""
-
-    scores: tuple[float, ...]
-    rank: int
-
-    @property
-    def value(self) -> float:
-        return self.scores[self.rank - 1]
-
-    @cached_property
-    def _sorted(self) -> npt.NDArray[np.float64]:
-        return np.asarray(self.scores, dtype=np.float64)
-
-    def p_value(self, score: float) -> float:
-        """(1 + number of calibration scores >= score) / (n + 1), in [1 / (n + 1), 1].
-
-        Raises:
-            CalibrationError: the score is NaN.
-        """
-        if math.isnan(score):
-            raise CalibrationError("A score is NaN: it has no p-value.")
-        at_least = len(self.scores) - int(np.searchsorted(self._sorted, score, side="left"))
-        return (1 + at_least) / (len(self.scores) + 1)
-
-
-@dataclass(frozen=True)
 class Calibration:
-    """The calibration card: thresholds for images and masks, and what they promise.
+    """The calibration card: the scores of normal images, the threshold that follows, and what it promises.
 
-    An image is anomalous if its score exceeds `image.value`, a pixel if its value exceeds `mask.value`. With the
-    mask rule "any_pixel" the score of a map is its maximum, so that at most a share alpha of normal images has
-    any pixel flagged.
+    The score of an image is that of the mask rule (see `mask_rules.py`): the image is anomalous if it exceeds
+    `threshold`, which is so exactly if the mask, the pixels above `threshold`, breaks the rule.
 
-    `fingerprint` names the model, preprocessing, tiling and smoothing that made the scores; `made` how and when.
+    scores: ascending, the largest of each exchangeable unit. images: in these units. noise: set for the rule
+    "parametric_noise" only, whose threshold is an assumption. fingerprint: of the model, preprocessing, tiling,
+    smoothing and normalisation that made the scores. made: how and when.
+
+    Raises:
+        CalibrationError: too few scores for the promise, or scores that are not finite and ascending.
     """
 
     promise: Promise
-    image: Threshold
-    mask: Threshold
+    scores: tuple[float, ...]
     images: int
     fingerprint: str
-    mask_rule: str = "any_pixel"
+    mask_rule: MaskRule = field(default_factory=MaskRule)
+    noise: Noise | None = None
     made: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self._sorted).all():
+            raise CalibrationError("A calibration score is NaN or infinite: the model diverged; train it again.")
+        if not self.scores or (np.diff(self._sorted) < 0).any():
+            raise CalibrationError("Expected one or more calibration scores in ascending order.")
+        if (self.noise is None) is (self.mask_rule.name == "parametric_noise"):
+            raise CalibrationError("The mask rule parametric_noise, and no other, needs an estimate of the noise.")
+        _ = self.rank  # refuses too few
 
     @classmethod
     def fit(
@@ -166,63 +192,99 @@ class Calibration:
         units: Sequence[str],
         promise: Promise,
         fingerprint: str,
-        mask_rule: str = "any_pixel",
+        mask_rule: MaskRule | None = None,
+        noise: Noise | None = None,
         made: Mapping[str, Any] | None = None,
     ) -> Calibration:
-        """Calibrate on the maxima of the score maps of normal images.
+        """Calibrate on the scores that `mask_rule` gives to the score maps of normal images.
 
         A unit with several images counts once, with its largest score: the promise then holds for every image of
         a new unit of such a size.
 
         Raises:
-            CalibrationError: too few units, or a score is not finite. ConfigError: unknown mask rule.
+            CalibrationError: too few units, or a score is not finite.
         """
-        check_mask_rule(mask_rule)
-        if not np.isfinite(np.asarray(scores, dtype=np.float64)).all():
-            raise CalibrationError("A calibration score is NaN or infinite: the model diverged; train it again.")
         largest: dict[str, float] = {}
         for unit, score in zip(units, scores, strict=True):
+            if not math.isfinite(score):
+                raise CalibrationError("A calibration score is NaN or infinite: the model diverged; train it again.")
             largest[unit] = max(float(score), largest.get(unit, -math.inf))
-        threshold = Threshold(tuple(sorted(largest.values())), promise.rank(len(largest)))
-        return cls(promise, threshold, threshold, len(scores), fingerprint, mask_rule, made or {})
+        ascending = tuple(sorted(largest.values()))
+        return cls(promise, ascending, len(scores), fingerprint, mask_rule or MaskRule(), noise, made or {})
 
     def with_promise(self, promise: Promise) -> Calibration:
         """The same calibration scores under another promise. Raises CalibrationError if they are too few."""
-        image, mask = (Threshold(t.scores, promise.rank(len(t.scores))) for t in (self.image, self.mask))
-        return Calibration(promise, image, mask, self.images, self.fingerprint, self.mask_rule, self.made)
+        return replace(self, promise=promise)
+
+    @cached_property
+    def _sorted(self) -> npt.NDArray[np.float64]:
+        return np.asarray(self.scores, dtype=np.float64)
 
     @property
     def n(self) -> int:
         """The number of exchangeable units."""
-        return len(self.image.scores)
+        return len(self.scores)
+
+    @cached_property
+    def rank(self) -> int | None:
+        """The threshold is the `rank`-th smallest score; None where it rests on an assumption."""
+        return self.promise.rank(self.n, self.images) if self.noise is None else None
+
+    @property
+    def threshold(self) -> float:
+        """Scores and pixels above it are anomalous."""
+        if self.noise is not None:
+            return self.noise.threshold(self.promise.alpha)
+        assert self.rank is not None
+        return self.scores[self.rank - 1]
+
+    def p_value(self, score: float) -> float:
+        """(1 + number of calibration scores >= score) / (n + 1), in [1 / (n + 1), 1].
+
+        The chance of so high a score on a normal image exchangeable with the calibration images, whatever the promise.
+
+        Raises:
+            CalibrationError: the score is NaN.
+        """
+        if math.isnan(score):
+            raise CalibrationError("A score is NaN: it has no p-value.")
+        at_least = self.n - int(np.searchsorted(self._sorted, score, side="left"))
+        return (1 + at_least) / (self.n + 1)
 
     def in_words(self) -> str:
         """The promise as a person would say it."""
-        low, high = self.promise.rate_interval(self.n)
-        promise = f"of 1000 normal images expect at most {1000 * self.promise.alpha:g} false alarms"
+        alpha, delta = self.promise.alpha, self.promise.delta
+        alarm = f"false alarms ({self.mask_rule.in_words()})"
+        units = count_units(self.n, self.images)
+        if self.noise is not None:
+            above = self.n - int(np.searchsorted(self._sorted, self.threshold, side="right"))
+            return (
+                f"assumed, not promised: if normal score maps are white Gaussian noise, expect {1000 * alpha:g} "
+                f"{alarm} in 1000 normal images; of {units}, {above} exceed the threshold"
+            )
+        expected = 1000 * (self.n + 1 - self.promise.rank(self.n)) / (self.n + 1)
         if self.promise.rule == "pac":
-            promise += f", with {100 * (1 - self.promise.delta):g} % confidence in this very calibration"
+            limit = f"with {100 * (1 - delta):g} % confidence no more than {1000 * alpha:g}"
         else:
-            promise += " on average over calibrations"
-        return f"{promise}; with {self.n} calibration images the true rate lies in [{low:.2%}, {high:.2%}] (95 %)"
+            most = math.ceil(1000 * self.promise.rate_limit(self.n))
+            limit = f"at most {1000 * alpha:g} on average over calibrations, with 95 % confidence no more than {most}"
+        return f"of 1000 normal images expect about {expected:.0f} {alarm}, {limit}; from {units}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` gives the same object back, bit for bit."""
-        low, high = self.promise.rate_interval(self.n)
         return {
             "promise": asdict(self.promise),
             "in_words": self.in_words(),
             "units": self.n,
             "images": self.images,
-            "rank": self.image.rank,
-            "rate_interval_95": [low, high],
-            "image_threshold": self.image.value,
-            "mask_threshold": self.mask.value,
-            "mask_rule": self.mask_rule,
+            "rank": self.rank,
+            "rate_interval_95": None if self.noise else list(self.promise.rate_interval(self.n)),
+            "threshold": self.threshold,
+            "mask_rule": self.mask_rule.to_dict(),
+            "noise": self.noise.to_dict() if self.noise else None,
             "fingerprint": self.fingerprint,
             "made": dict(self.made),
-            "image_scores": list(self.image.scores),
-            "mask_scores": list(self.mask.scores),
+            "scores": list(self.scores),
         }
 
     @classmethod
@@ -233,23 +295,19 @@ class Calibration:
             CalibrationError: the card lacks a field, or contradicts itself.
         """
         try:
-            promise = Promise(**card["promise"])
-            image, mask = (
-                Threshold(tuple(float(score) for score in card[key]), promise.rank(len(card[key])))
-                for key in ("image_scores", "mask_scores")
-            )
             calibration = cls(
-                promise, image, mask, card["images"], card["fingerprint"], card["mask_rule"], card["made"]
+                Promise(**card["promise"]),
+                tuple(float(score) for score in card["scores"]),
+                card["images"],
+                card["fingerprint"],
+                MaskRule.from_dict(card["mask_rule"]),
+                Noise.from_dict(card["noise"]) if card["noise"] else None,
+                card["made"],
             )
-            ascending = all(np.isfinite(t.scores).all() and (np.diff(t.scores) >= 0).all() for t in (image, mask))
             # The interval and the sentence are derived, and may be rounded or worded otherwise elsewhere.
             exact = {key: value for key, value in calibration.to_dict().items() if key in _EXACT}
-            consistent = (
-                ascending
-                and card["mask_rule"] in MASK_RULES
-                and all(card[key] == value for key, value in exact.items())
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            consistent = all(card[key] == value for key, value in exact.items())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CalibrationError(
                 f"The calibration card is incomplete or damaged ({type(error).__name__}: {error}): "
                 "run `blemish calibrate` again."

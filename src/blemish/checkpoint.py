@@ -17,16 +17,16 @@ from blemish.build import TRUSTED, build, build_section
 from blemish.calibration import Calibration
 from blemish.detector import Detector
 from blemish.errors import CheckpointError, ConfigError
-from blemish.files import write_bytes, write_json
+from blemish.files import CARD_FILE, write_bytes, write_json
+from blemish.normalisation import SpatialNormalisation
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
 from blemish.scores import TorchScorer
 from blemish.tiling import Tiling
 
-FORMAT = 1
+FORMAT = 2
 DETECTOR_FILE = "detector.pt"
-CARD_FILE = "card.json"
-PARTS = ("model", "score", "image", "tiling", "smoothing", "cleaning")
+PARTS = ("model", "score", "image", "tiling", "smoothing", "normalisation", "cleaning")
 """The sections of a run's config that make a detector; a checkpoint carries just these."""
 
 
@@ -48,6 +48,7 @@ def build_model(config: Mapping[str, Any], trusted: Sequence[str] | None = None)
 def assemble(
     config: Mapping[str, Any],
     model: nn.Module,
+    normalisation: SpatialNormalisation | None = None,
     calibration: Calibration | None = None,
     about: Mapping[str, Any] | None = None,
     device: str = "cpu",
@@ -61,33 +62,48 @@ def assemble(
         tiling=build_section(Tiling, parts, "tiling", trusted),
         smoothing=build_section(Smoothing, parts, "smoothing", trusted),
         cleaning=build_section(Cleaning, parts, "cleaning", trusted),
-        fingerprint=fingerprint(parts, model.state_dict()),
+        normalisation=normalisation,
+        fingerprint=fingerprint(parts, model.state_dict(), normalisation),
         calibration=calibration,
         about=about or {},
     )
 
 
-def fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over all that shapes a score: weights, model, score, preprocessing, tiling, smoothing."""
+def fingerprint(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], normalisation: SpatialNormalisation | None = None
+) -> str:
+    """SHA-256 over all that shapes a score: weights, model, score, preprocessing, tiling, smoothing, normalisation."""
     shaping = {name: config[name] for name in PARTS if name != "cleaning"}
     shaping["tiling"] = {key: value for key, value in shaping["tiling"].items() if key != "batch"}
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    if normalisation:
+        digest.update(normalisation.location.tobytes() + normalisation.scale.tobytes())
     return digest.hexdigest()
 
 
 def save_detector(
-    run: Path, config: Mapping[str, Any], model: nn.Module, calibration: Calibration | None, about: Mapping[str, Any]
+    run: Path, config: Mapping[str, Any], detector: Detector, calibration: Calibration | None, about: Mapping[str, Any]
 ) -> None:
-    """Write `detector.pt` and, beside it for people to read, the calibration card `card.json`."""
+    """Write `detector.pt` and, beside it for people to read, the calibration card `card.json`.
+
+    `config` is what `detector` was assembled from.
+    """
+    assert isinstance(detector.scorer, TorchScorer)
+    model, normalisation = detector.scorer.model, detector.normalisation
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {
         "format": FORMAT,
         "version": about["version"],
         "config": {name: config[name] for name in PARTS},
         "state_dict": state,
+        "normalisation": (
+            {name: torch.from_numpy(getattr(normalisation, name)) for name in ("location", "scale")}
+            if normalisation
+            else None
+        ),
         "calibration": calibration.to_dict() if calibration else None,
         "about": dict(about),
     }
@@ -131,7 +147,7 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {found}, this version of blemish reads {FORMAT}: use another version."
         )
-    missing = {"config", "state_dict", "calibration", "about"} - content.keys()
+    missing = {"config", "state_dict", "normalisation", "calibration", "about"} - content.keys()
     missing |= {f"config.{name}" for name in PARTS if name not in content.get("config", PARTS)}
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}: it is damaged; train again.")
@@ -161,7 +177,11 @@ def load_detector(
         raise CheckpointError(f"The weights in {run} do not fit its model: {str(error).splitlines()[0]}") from error
     card = content["calibration"] if with_card else None
     calibration = Calibration.from_dict(card) if card else None
-    return assemble(content["config"], model, calibration, content["about"], pick_device(device), allowed)
+    statistics = content["normalisation"]
+    normalisation = SpatialNormalisation(**{k: v.numpy() for k, v in statistics.items()}) if statistics else None
+    return assemble(
+        content["config"], model, normalisation, calibration, content["about"], pick_device(device), allowed
+    )
 
 
 def pick_device(name: str) -> str:

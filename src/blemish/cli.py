@@ -21,13 +21,16 @@ _VERBS = {
     "predict": "score maps, heat maps, masks and a table for new images",
     "check": "look a data set over before training",
     "compare": "one table over the runs of a sweep",
+    "report": "one page about a run or its predictions: promise, scores, curves, pictures",
+    "monitor": "do images believed normal still match the calibration?",
 }
 _GOES_ON = {
     "train": "; every finished epoch is kept: `blemish train resume=RUN` goes on with the run folder named above",
     "predict": "; what was finished is kept: the same command goes on, with out= as named above",
+    "monitor": "; the images done are kept in the state file: the same command goes on",
 }
-_POSITIONAL = {"compare": "dir", "check": "data.root"}
-_PATHS = ("data.root", "out", "run", "input", "dir", "resume")
+_POSITIONAL = {"compare": "dir", "check": "data.root", "report": "run"}
+_PATHS = ("data.root", "out", "run", "input", "dir", "resume", "state")
 _HYDRA = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from blemish.errors import ConfigError
 
 if TYPE_CHECKING:
+    from blemish.calibration import Calibration
     from blemish.data.records import Records
 
-DONE, SOME_FAILED, MISTAKE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
-"""Exit codes: all done; done, but some images could not be used; a user's mistake; ours; Ctrl-C."""
+DONE, SOME_FAILED, MISTAKE, DRIFT, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
+"""Exit codes: all done; done, but some images could not be used; a user's mistake; `monitor` found that the promise no
+longer holds; our mistake; Ctrl-C."""
 
 
 def _required(config: Any, name: str, example: str) -> Any:
@@ -72,14 +74,28 @@ def _train(config: Any, overrides: list[str]) -> int:
             normals = [record.path for record in records if record.is_normal and record.split != "test"]
             config.image.channels = common_channels(normals)
         finished = start(run, _plain(config), records, overrides)
-    print(f"calibrated: {finished.calibration.in_words()}")
+    _print_calibration(finished.calibration)
     code = _print_metrics(finished.metrics, finished.calibration) if finished.metrics else DONE
+    _write_report(run)
     print(f"run folder: {run}")
     return code
 
 
-def _print_metrics(metrics: dict[str, Any], calibration: Any) -> int:
-    from blemish.evaluation.report import metrics_table
+def _print_calibration(calibration: Calibration) -> None:
+    print(f"calibrated: {calibration.in_words()}")
+    if calibration.noise:
+        for sentence in calibration.noise.warnings():
+            print(f"blemish: warning: the assumption of calibration.mask_rule is doubtful: {sentence}", file=sys.stderr)
+
+
+def _write_report(folder: Path) -> None:
+    from blemish.report.page import write_report
+
+    print(f"report: {write_report(folder)}")
+
+
+def _print_metrics(metrics: dict[str, Any], calibration: Calibration) -> int:
+    from blemish.evaluation.tables import metrics_table
 
     unreadable = metrics["unreadable"]
     figures = {key: value for key, value in metrics.items() if key not in ("made", "unreadable")}
@@ -102,29 +118,38 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from blemish import pipeline
-    from blemish.calibration import Promise, check_mask_rule
+    from blemish.calibration import read_settings
     from blemish.checkpoint import load_detector, read_checkpoint, replace_calibration
+    from blemish.data.splits import SPLITS_FILE, read_part
+    from blemish.files import CARD_FILE
 
     run = Path(_required(config, "run", "calibrate run=RUN data.root=DIR"))
-    own = OmegaConf.is_missing(config.data, "root")
-    detector = load_detector(run, config.device, config.trusted, with_card=own)
     content = read_checkpoint(run)
     card = content["calibration"]
-    wanted = {key: value for key, value in config.calibration.items() if value is not None}
-    rule = wanted.pop("mask_rule", card["mask_rule"] if card else "any_pixel")
-    check_mask_rule(rule)
-    promise = Promise(**{**(card["promise"] if card else {}), **wanted})
-    if own:
+    before: dict[str, Any] = {}
+    if card:
+        rule = dict(card["mask_rule"])
+        before = {**card["promise"], "mask_rule": rule.pop("name"), **rule}
+    wanted = {key: value for key, value in _plain(config.calibration).items() if value is not None}
+    promise, mask_rule = read_settings(before | wanted)
+    own = OmegaConf.is_missing(config.data, "root")
+    # Scores of another mask rule come from the images; another alpha or rank needs the scores only.
+    rescore = not own or not card or mask_rule.to_dict() != card["mask_rule"]
+    detector = load_detector(run, config.device, config.trusted, with_card=not rescore)
+    if not rescore:
         calibration = detector.card.with_promise(promise)
     else:
-        about = content["about"]
-        records = pipeline.normals_to_calibrate(
-            _read(_plain(config.data)).sound(), about["trained_on"], about["trained_groups"]
-        )
-        calibration = pipeline.calibrate(detector, records, promise, rule)
+        if own:
+            records = read_part(run / SPLITS_FILE, "calibration")
+        else:
+            about = content["about"]
+            records = pipeline.normals_to_calibrate(
+                _read(_plain(config.data)).sound(), about["trained_on"], about["trained_groups"]
+            )
+        calibration = pipeline.calibrate(detector, records, promise, mask_rule)
     replace_calibration(run, calibration)
-    print(f"calibrated: {calibration.in_words()}")
-    print(f"threshold: {calibration.image.value:.6g}; card: {run / 'card.json'}")
+    _print_calibration(calibration)
+    print(f"threshold: {calibration.threshold:.6g}; card: {run / CARD_FILE}")
     return DONE
 
 
@@ -139,9 +164,10 @@ def _evaluate(config: Any, overrides: list[str]) -> int:
     own = OmegaConf.is_missing(config.data, "root")
     records = _read(_run_settings(run)["data"] if own else _plain(config.data)).sound()
     out = Path(config.out) if config.out is not None else run
-    metrics = pipeline.evaluate(detector, records, out)
-    code = _print_metrics(metrics, detector.calibration)
+    metrics = pipeline.evaluate(detector, records, out, gallery=config.report.images)
+    code = _print_metrics(metrics, detector.card)
     print(f"written: {out / 'metrics.json'}")
+    _write_report(out)
     return code
 
 
@@ -157,11 +183,14 @@ def _predict(config: Any, overrides: list[str]) -> int:
     out = Path(config.out) if config.out is not None else dated(run / "predictions")
     detector = load_detector(run, config.device, config.trusted)
     print(f"writing to: {out}", flush=True)
-    summary = pipeline.predict(detector, inputs, out, config.overwrite)
+    summary = pipeline.predict(detector, inputs, out, config.overwrite, config.fdr, config.report.images)
     resumed = f" ({summary.resumed} of them before the interruption)" if summary.resumed else ""
     print(f"{summary.images} images{resumed}: {summary.anomalous} anomalous, {len(summary.errors)} unusable")
+    if summary.discoveries is not None:
+        print(f"at a false discovery rate of {config.fdr:g}: {summary.discoveries} anomalous (column fdr_decision)")
     for sentence in summary.errors:
         print(f"blemish: {sentence}", file=sys.stderr)
+    _write_report(out)
     print(f"written: {out}")
     return SOME_FAILED if summary.errors else DONE
 
@@ -182,8 +211,33 @@ def _check(config: Any, overrides: list[str]) -> int:
     return SOME_FAILED if report.problems else DONE
 
 
+def _monitor(config: Any, overrides: list[str]) -> int:
+    from omegaconf import OmegaConf
+
+    from blemish import pipeline
+    from blemish.checkpoint import load_detector
+
+    run = Path(_required(config, "run", "monitor run=RUN input=DIR"))
+    inputs = _required(config, "input", "monitor run=RUN input=DIR")
+    inputs = [str(item) for item in inputs] if OmegaConf.is_list(inputs) else str(inputs)
+    state = Path(config.state) if config.state is not None else run / "monitor.jsonl"
+    detector = load_detector(run, config.device, config.trusted)
+    drift, errors = pipeline.monitor(detector, inputs, state, config.level, config.seed, config.by_folder, config.order)
+    repeats = f" ({drift.repeats} of them seen before)" if drift.repeats else ""
+    print(f"{drift.batch} images{repeats}, {drift.images} in the journal {state}")
+    print(drift.in_words())
+    for sentence in errors:
+        print(f"blemish: {sentence}", file=sys.stderr)
+    return DRIFT if not drift.holds else SOME_FAILED if errors else DONE
+
+
+def _report(config: Any, overrides: list[str]) -> int:
+    _write_report(Path(_required(config, "run", "report run=RUN")))
+    return DONE
+
+
 def _compare(config: Any, overrides: list[str]) -> int:
-    from blemish.evaluation.report import table
+    from blemish.evaluation.tables import table
     from blemish.files import write_csv
     from blemish.pipeline import compare
 
@@ -201,4 +255,6 @@ ACTIONS: dict[str, Callable[[Any, list[str]], int]] = {
     "predict": _predict,
     "check": _check,
     "compare": _compare,
+    "report": _report,
+    "monitor": _monitor,
 }

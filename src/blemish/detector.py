@@ -13,9 +13,10 @@ import numpy as np
 from blemish.calibration import Calibration
 from blemish.data.images import FloatArray, Pixels, check_pixels, read_pixels
 from blemish.errors import CalibrationError, NotCalibrated
+from blemish.normalisation import MapRecorder, SpatialNormalisation
 from blemish.postprocess import Cleaning, Mask, Region, Smoothing
 from blemish.preprocess import Preprocess
-from blemish.tiling import TileScorer, Tiling, apply_tiled
+from blemish.tiling import TileScorer, Tiling, apply_tiled, blend_tiles
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Prediction:
     """What a detector says of one image.
 
     score_map: (H, W) float32 at the image's own size, >= 0, higher is worse. mask: (H, W) bool.
-    image_score: the map's maximum. p_value: the chance of so high a score on a normal image, in (0, 1].
-    is_anomalous: image_score above the calibrated threshold. regions: of the mask, worst first.
+    image_score: the smallest threshold at which the mask keeps the calibrated mask rule; for "any_pixel" the map's
+    maximum. p_value: the chance of so high a score on a normal image, in (0, 1]. is_anomalous: image_score is above the
+    calibrated threshold, so that the mask breaks the rule. regions: of the mask, worst first.
     """
 
     score_map: FloatArray
@@ -33,11 +35,6 @@ class Prediction:
     is_anomalous: bool
     mask: Mask
     regions: list[Region]
-
-
-def image_score(score_map: FloatArray) -> float:
-    """One number for a map: its maximum, so that an image is anomalous if and only if a pixel is."""
-    return float(score_map.max())
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Detector:
     smoothing: Smoothing
     cleaning: Cleaning
     fingerprint: str
+    normalisation: SpatialNormalisation | MapRecorder | None = None
     calibration: Calibration | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,12 +86,20 @@ class Detector:
     def score_maps(self, images: Iterable[Pixels]) -> Iterator[FloatArray]:
         """Score maps of many images, in order; batches may round otherwise than `score_map` in the last bits."""
         for batch in self.score_batches(images):
-            yield from batch
+            yield from (score_map for score_map, _ in batch)
 
-    def score_batches(self, images: Iterable[Pixels]) -> Iterator[list[FloatArray]]:
+    def explain(self, image: Pixels) -> tuple[FloatArray, FloatArray | None]:
+        """The score map of one image, and what a defect-free one would have shown (see `score_batches`)."""
+        return next(self.score_batches([image], explain=True))[0]
+
+    def score_batches(
+        self, images: Iterable[Pixels], explain: bool = False
+    ) -> Iterator[list[tuple[FloatArray, FloatArray | None]]]:
         """Score maps of many images, in order, in the batches that were scored at once.
 
-        Neighbours of equal size share batches of up to `tiling.batch` tiles.
+        Neighbours of equal size share batches of up to `tiling.batch` tiles. With `explain`, each map comes with what
+        a defect-free image would have shown, (h, w, C) float32 at the size that is scored, or None if the model does
+        not say it in pixels.
         """
         waiting: list[tuple[Pixels, tuple[int, int]]] = []
         for image in images:
@@ -104,23 +110,37 @@ class Detector:
                 or scored.dtype != waiting[0][0].dtype
                 or len(waiting) * self.tiling.count(*scored.shape[:2]) >= self.tiling.batch
             ):
-                yield self._score(waiting)
+                yield self._score(waiting, explain)
                 waiting = []
             waiting.append((scored, (pixels.shape[0], pixels.shape[1])))
         if waiting:
-            yield self._score(waiting)
+            yield self._score(waiting, explain)
 
-    def _score(self, waiting: list[tuple[Pixels, tuple[int, int]]]) -> list[FloatArray]:
+    def _score(
+        self, waiting: list[tuple[Pixels, tuple[int, int]]], explain: bool
+    ) -> list[tuple[FloatArray, FloatArray | None]]:
         images = waiting[0][0][None] if len(waiting) == 1 else np.stack([pixels for pixels, _ in waiting])
-        maps = []
-        scored = apply_tiled(self.scorer, images, self.tiling)
-        for score_map, (_, (height, width)) in zip(scored, waiting, strict=True):
+        explainer = getattr(self.scorer, "explain", None) if explain else None
+        if explainer:  # the score, and after it the channels of what was expected, if there are any
+            blended = blend_tiles(explainer, images, self.tiling)
+            scored, expected = np.ascontiguousarray(blended[..., 0]), blended[..., 1:]
+        else:
+            scored, expected = apply_tiled(self.scorer, images, self.tiling), np.empty((len(images), 0), np.float32)
+        maps: list[tuple[FloatArray, FloatArray | None]] = []
+        for score_map, picture, (_, (height, width)) in zip(scored, expected, waiting, strict=True):
             smooth = self.smoothing(score_map)
+            if self.normalisation:
+                smooth = self.normalisation(smooth)
             if smooth.shape != (height, width):
                 enlarged = cv2.resize(smooth, (width, height), interpolation=cv2.INTER_LINEAR)
                 smooth = np.asarray(enlarged, np.float32)
-            maps.append(smooth)
+            maps.append((smooth, picture if picture.size else None))
         return maps
+
+    def check_size(self, image: Pixels) -> None:
+        """Raise ImageError if maps are normalised pixel by pixel and the image has not the size for it."""
+        if self.normalisation:
+            self.normalisation.check(self.preprocess(check_pixels(image)).shape[:2])
 
     def decide(self, score_map: FloatArray) -> Prediction:
         """Turn a score map into a decision.
@@ -129,15 +149,20 @@ class Detector:
             NotCalibrated: there is no calibration yet. CalibrationError: the map has NaN or infinite values.
         """
         card = self.card
-        score = image_score(score_map)
         if not np.isfinite(score_map).all():
             raise CalibrationError("The score map has NaN or infinite values: no decision is possible.")
-        mask, regions = self.cleaning(score_map > card.mask.value, score_map)
+        score = card.mask_rule.score(score_map)
+        cleaning = Cleaning(max(self.cleaning.min_area, card.mask_rule.smallest_region))
+
+        def p_value(region: FloatArray) -> float:
+            return card.p_value(card.mask_rule.score(region, score_map.size))
+
+        mask, regions = cleaning(score_map > card.threshold, score_map, p_value)
         return Prediction(
             score_map=score_map,
             image_score=score,
-            p_value=card.image.p_value(score),
-            is_anomalous=score > card.image.value,
+            p_value=card.p_value(score),
+            is_anomalous=score > card.threshold,
             mask=mask,
             regions=regions,
         )

@@ -13,6 +13,9 @@ from typing import Any
 
 from blemish.errors import BlemishError
 
+CARD_FILE = "card.json"
+"""The calibration card, beside every artefact that rests on it."""
+
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:

@@ -13,13 +13,30 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
+from blemish.calibration import Calibration, q_values
 from blemish.data.images import Pixels
 from blemish.detector import Prediction
 from blemish.errors import BlemishError
-from blemish.files import atomic, explain_write_errors, write_json
+from blemish.files import CARD_FILE, atomic, explain_write_errors, write_json
 from blemish.pictures import heat_map
 
-COLUMNS = ("path", "image_score", "p_value", "decision", "regions", "boxes", "seconds", "error")
+COLUMNS = (
+    "path",
+    "image_score",
+    "p_value",
+    "q_value",
+    "decision",
+    "fdr_decision",
+    "regions",
+    "boxes",
+    "region_p_values",
+    "map",
+    "heatmap",
+    "mask",
+    "seconds",
+    "error",
+)
+_PICTURES = (("map", ".tiff"), ("heatmap", ".png"), ("mask", ".png"))
 _IMAGE_DESCRIPTION = 270  # the TIFF tag
 
 
@@ -53,8 +70,8 @@ class PredictionFiles:
         BlemishError: `out` already holds predictions, or unfinished ones of another detector.
     """
 
-    def __init__(self, out: Path, made: Mapping[str, Any], threshold: float, overwrite: bool) -> None:
-        self._out, self._threshold = out, threshold
+    def __init__(self, out: Path, made: Mapping[str, Any], card: Calibration, overwrite: bool) -> None:
+        self._out, self._threshold = out, card.threshold
         self._note = json.dumps({key: made[key] for key in ("software", "version", "fingerprint")})
         self._part = out / ".predictions.jsonl.part"
         self._made = out / "predict.json"
@@ -71,6 +88,7 @@ class PredictionFiles:
                     "or set overwrite=true."
                 )
         write_json(self._made, dict(made))
+        write_json(out / CARD_FILE, card.to_dict())
 
     def done(self) -> list[dict[str, Any]]:
         """The rows that an interrupted run has finished; one torn by a kill is cut off."""
@@ -86,23 +104,22 @@ class PredictionFiles:
     def write_images(self, scored: Scored, stem: Path) -> dict[str, Any]:
         """Write the score map (float32 TIFF), heat map and mask (PNG) of one image; return its row."""
         prediction = scored.prediction
+        places: dict[str, str] = {}
         if prediction is not None and scored.pixels is not None:
+            places = {name: f"{name}s/{stem.as_posix()}{suffix}" for name, suffix in _PICTURES}
             picture = heat_map(prediction.score_map, self._threshold, scored.pixels, prediction.mask)
-            with atomic(self._named("maps", stem, ".tiff")) as path:
+            with atomic(self._out / places["map"]) as path:
                 tags = TiffImagePlugin.ImageFileDirectory_v2()
                 tags[_IMAGE_DESCRIPTION] = self._note
                 Image.fromarray(prediction.score_map).save(path, "TIFF", tiffinfo=tags)
             info = PngInfo()
             info.add_text("Software", self._note)
-            with atomic(self._named("heatmaps", stem, ".png")) as path:
+            with atomic(self._out / places["heatmap"]) as path:
                 Image.fromarray(picture).save(path, "PNG", compress_level=1, pnginfo=info)
-            with atomic(self._named("masks", stem, ".png")) as path:
+            with atomic(self._out / places["mask"]) as path:
                 mask = Image.fromarray(prediction.mask.astype(np.uint8) * 255)
                 mask.save(path, "PNG", compress_level=1, pnginfo=info)
-        return _row(scored)
-
-    def _named(self, folder: str, stem: Path, suffix: str) -> Path:
-        return self._out / folder / stem.with_name(stem.name + suffix)
+        return _row(scored) | places
 
     def append(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Append rows to the `.part` file, each flushed before it is handed on."""
@@ -115,26 +132,44 @@ class PredictionFiles:
                     file.flush()
                 yield row
 
-    def finish(self) -> None:
-        """Turn the rows into predictions.csv and predictions.jsonl."""
+    def finish(self, fdr: float | None = None) -> int | None:
+        """Turn the rows into predictions.csv and predictions.jsonl, with what only the whole batch can say.
+
+        Returns:
+            the number of images called anomalous at the false discovery rate `fdr`; None without one.
+        """
+        with self._part.open(encoding="utf-8") as lines:
+            p_values = [json.loads(line)["p_value"] for line in lines]
+        adjusted = iter(q_values([p for p in p_values if p is not None]))
+        discoveries = 0
         with (
-            atomic(self._out / "predictions.csv") as path,
-            path.open("w", newline="", encoding="utf-8") as file,
-            self._part.open(encoding="utf-8") as lines,
+            atomic(self._out / "predictions.jsonl") as lines_path,  # appears last: it says that all is done
+            atomic(self._out / "predictions.csv") as table_path,
+            table_path.open("w", newline="", encoding="utf-8") as table,
+            lines_path.open("w", encoding="utf-8") as lines,
+            self._part.open(encoding="utf-8") as before,
         ):
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(table, COLUMNS)
             writer.writeheader()
-            for line in lines:
+            for line in before:
                 row = json.loads(line)
-                writer.writerow(row | {"boxes": json.dumps(row["boxes"])})
+                if row["p_value"] is not None:
+                    row["q_value"] = next(adjusted)
+                    if fdr is not None:
+                        row["fdr_decision"] = "anomalous" if row["q_value"] <= fdr else "normal"
+                        discoveries += row["q_value"] <= fdr
+                lines.write(json.dumps(row, allow_nan=False) + "\n")
+                writer.writerow(row | {key: json.dumps(row[key]) for key in ("boxes", "region_p_values")})
         with explain_write_errors(self._out):
-            self._part.replace(self._out / "predictions.jsonl")
+            self._part.unlink()
+        return None if fdr is None else discoveries
 
 
 def _row(scored: Scored) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
         "path": str(scored.path),
         "boxes": [],
+        "region_p_values": [],
         "seconds": round(scored.seconds, 6),
         "error": scored.error,
     }
@@ -146,5 +181,6 @@ def _row(scored: Scored) -> dict[str, Any]:
             "regions": len(scored.prediction.regions),
             # left, top, width, height in pixels
             "boxes": [[r.left, r.top, r.width, r.height] for r in scored.prediction.regions],
+            "region_p_values": [r.p_value for r in scored.prediction.regions],
         }
     return row

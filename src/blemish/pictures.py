@@ -23,6 +23,17 @@ _OUTLINE = (0, 255, 255)
 _ROWS = 256  # painted at once, so that memory stays small for huge images
 
 
+def colour(score_map: FloatArray, threshold: float) -> Picture:
+    """(H, W) -> the map alone, on the colour scale of `heat_map`."""
+    return _COLOUR[_level(score_map, threshold)].astype(np.uint8)
+
+
+def _level(score_map: FloatArray, threshold: float) -> npt.NDArray[np.uint8]:
+    per_level = 255.0 / (_SCALE_END * max(threshold, 1e-30))  # a threshold of 0 paints all that is above it
+    level: npt.NDArray[np.uint8] = np.clip(score_map * np.float32(per_level), 0, 255).astype(np.uint8)
+    return level
+
+
 def as_rgb(pixels: Pixels) -> Picture:
     """(H, W, 1 or 3) pixels of any supported dtype -> (H, W, 3) uint8."""
     grey_or_rgb = pixels if pixels.dtype == np.uint8 else (to_unit(pixels) * 255).round().astype(np.uint8)
@@ -31,11 +42,10 @@ def as_rgb(pixels: Pixels) -> Picture:
 
 def heat_map(score_map: FloatArray, threshold: float, pixels: Pixels, mask: Mask | None = None) -> Picture:
     """Lay a score map over its image, coloured relative to `threshold`; outline `mask` in cyan."""
-    per_level = 255.0 / (_SCALE_END * max(threshold, 1e-30))  # a threshold of 0 paints all that is above it
     picture = np.empty((*score_map.shape, 3), dtype=np.uint8)
     for first in range(0, len(score_map), _ROWS):
         rows = slice(first, first + _ROWS)
-        level = np.clip(score_map[rows] * np.float32(per_level), 0, 255).astype(np.uint8)
+        level = _level(score_map[rows], threshold)
         opacity = _OPACITY[level]
         picture[rows] = (as_rgb(pixels[rows]) * (1 - opacity) + _COLOUR[level] * opacity).round()
     if mask is not None and mask.any():

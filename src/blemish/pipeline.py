@@ -1,4 +1,4 @@
-"""The verbs calibrate, evaluate, predict and compare. Objects in, files and results out; no config, no CLI.
+"""The verbs calibrate, evaluate, predict, monitor and compare. Objects in, files and results out; no config, no CLI.
 
 (Training is in `training/run.py` and `training/fit.py`, beside Lightning, which these verbs do not need; `check` is in
 `data/check.py`, which needs no torch.)
@@ -7,30 +7,35 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from blemish import __version__
-from blemish.calibration import Calibration, Promise
-from blemish.data.images import Pixels, expand_inputs, probe, read_mask, read_pixels
-from blemish.data.records import Record
+from blemish.calibration import Calibration, Promise, count_units
+from blemish.data.images import FloatArray, expand_inputs, read_mask
+from blemish.data.records import NORMAL, Record
 from blemish.data.splits import SplitRecord, digest_files, find_units
-from blemish.detector import Detector, image_score
-from blemish.errors import CalibrationError, DataError, ImageError
+from blemish.detector import Detector
+from blemish.drift import Drift
+from blemish.errors import CalibrationError, ConfigError, DataError, ImageError
 from blemish.evaluation.metrics import Evaluation
-from blemish.files import write_csv, write_json
+from blemish.files import CARD_FILE, write_csv, write_json
+from blemish.mask_rules import MaskRule
+from blemish.monitoring import Monitor
+from blemish.noise import NoiseEstimator
+from blemish.normalisation import MapRecorder, NormalisationSettings, SpatialNormalisation
 from blemish.outputs import PredictionFiles, Scored, unique_stems
+from blemish.report.gallery import GALLERY_FILE, Shown, write_gallery
+from blemish.scoring import PIXELS_AHEAD, ScoredFile, score_files
 from blemish.streaming import map_ahead
-
-_PIXELS_AHEAD = 2**24  # decoded or waiting to be written at any time, beyond the images in hand
 
 
 def made_by(detector: Detector) -> dict[str, Any]:
@@ -40,7 +45,8 @@ def made_by(detector: Detector) -> dict[str, Any]:
         "version": __version__,
         "fingerprint": detector.fingerprint,
         "calibration": (
-            asdict(detector.calibration.promise) | {"threshold": detector.calibration.image.value}
+            asdict(detector.calibration.promise)
+            | {"mask_rule": detector.calibration.mask_rule.to_dict(), "threshold": detector.calibration.threshold}
             if detector.calibration
             else None
         ),
@@ -50,66 +56,49 @@ def made_by(detector: Detector) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Map:
-    """A file with its pixels and raw score map, or the reason why there are none.
+def fit_normalisation(
+    detector: Detector, paths: Sequence[Path], settings: NormalisationSettings, progress: bool = True
+) -> SpatialNormalisation:
+    """Location and scale of each pixel of the score maps, from normal images that do not calibrate.
 
-    `seconds`: to decode, tile and score, shared evenly by the images of a batch.
+    Args:
+        detector: one that does not normalise yet.
+
+    Raises:
+        DataError: an image cannot be read. ImageError: they differ in size. ConfigError: fewer than two.
     """
+    chosen = settings.choose(paths)
+    recorder = MapRecorder()
+    files = score_files(replace(detector, normalisation=recorder), chosen)
 
-    path: Path
-    pixels: Pixels | None
-    score_map: Any
-    seconds: float
-    error: str = ""
+    def maps() -> Iterator[FloatArray]:
+        for scored in tqdm(files, "normalising", len(chosen), unit="image", disable=not progress, leave=False):
+            _usable(scored)
+            yield recorder.maps.popleft()
+
+    return SpatialNormalisation.fit(maps(), settings.kind)
 
 
-def score_files(detector: Detector, paths: Sequence[Path]) -> Iterator[_Map]:
-    """Score files in order: decoding runs ahead in a thread; an unreadable file yields its error."""
+def _usable(scored: ScoredFile) -> FloatArray:
+    if scored.score_map is None:
+        raise DataError(f"A normal image cannot be used. {scored.error}")
+    return scored.score_map
 
-    def decode(path: Path) -> Pixels | ImageError:
-        try:
-            return read_pixels(path)
-        except ImageError as error:
-            return error
 
-    def area(path: Path) -> float:
-        try:
-            info = probe(path)
-        except ImageError:
-            return 0
-        return info.width * info.height
-
-    pending: deque[tuple[Path, Pixels | ImageError]] = deque()
-
-    def readable() -> Iterator[Pixels]:
-        for path, pixels in zip(paths, map_ahead(decode, paths, area, _PIXELS_AHEAD), strict=True):
-            pending.append((path, pixels))
-            if not isinstance(pixels, ImageError):
-                yield pixels
-
-    def errors() -> Iterator[_Map]:
-        while pending and isinstance(pending[0][1], ImageError):
-            path, error = pending.popleft()
-            yield _Map(path, None, None, 0.0, str(error))
-
-    start = time.perf_counter()
-    for batch in detector.score_batches(readable()):
-        seconds = (time.perf_counter() - start) / len(batch)
-        for score_map in batch:
-            yield from errors()
-            path, pixels = pending.popleft()
-            assert not isinstance(pixels, ImageError)
-            yield _Map(path, pixels, score_map, seconds)
-        start = time.perf_counter()
-    yield from errors()
+def check_enough(records: Sequence[SplitRecord], promise: Promise, mask_rule: MaskRule) -> None:
+    """Raise CalibrationError if there are too few calibration images for the promise, before any is scored."""
+    if mask_rule.name == "parametric_noise":  # promises nothing
+        if not records:
+            raise CalibrationError("There is no calibration image: expected at least one normal image.")
+    else:
+        promise.rank(len({item.unit for item in records}), len(records))
 
 
 def calibrate(
     detector: Detector,
     records: Sequence[SplitRecord],
     promise: Promise,
-    mask_rule: str = "any_pixel",
+    mask_rule: MaskRule | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Fit a calibration on held-out normal images.
@@ -118,20 +107,29 @@ def calibrate(
         CalibrationError: too few units (said before any image is scored), or scores that are not finite.
         DataError: an image cannot be read, or is not normal.
     """
-    promise.rank(len({item.unit for item in records}))
+    mask_rule = mask_rule or MaskRule()
+    check_enough(records, promise, mask_rule)
     defective = [item for item in records if not item.record.is_normal]
     if defective:
         raise DataError(f"{defective[0].record.path} is not defect-free: only normal images calibrate.")
     scores = []
+    noise = NoiseEstimator() if mask_rule.name == "parametric_noise" else None
     maps = score_files(detector, [item.record.path for item in records])
     for scored in tqdm(maps, "calibrating", len(records), unit="image", disable=not progress, leave=False):
-        if scored.error:
-            raise DataError(f"A calibration image cannot be used. {scored.error}")
-        scores.append(image_score(scored.score_map))
+        score_map = _usable(scored)
+        if not np.isfinite(score_map).all():
+            raise CalibrationError(
+                f"The score map of {scored.path} has NaN or infinite values: the model diverged; train it again."
+            )
+        scores.append(mask_rule.score(score_map))
+        if noise:
+            noise.add(score_map)
     made = {key: value for key, value in made_by(detector).items() if key != "calibration"}
     digests = "".join(sorted(item.digest for item in records))
     made["calibration_fingerprint"] = hashlib.sha256(digests.encode()).hexdigest()
-    return Calibration.fit(scores, [item.unit for item in records], promise, detector.fingerprint, mask_rule, made)
+    units = [item.unit for item in records]
+    estimate = noise.result() if noise else None
+    return Calibration.fit(scores, units, promise, detector.fingerprint, mask_rule, estimate, made)
 
 
 def normals_to_calibrate(
@@ -168,15 +166,22 @@ def normals_to_calibrate(
     return chosen
 
 
-def evaluate(detector: Detector, records: Sequence[Record], out: Path, progress: bool = True) -> dict[str, Any]:
-    """Score the test images, and write metrics.json and evaluation.csv (a row per image) to `out`.
+def evaluate(
+    detector: Detector, records: Sequence[Record], out: Path, gallery: int = 0, progress: bool = True
+) -> dict[str, Any]:
+    """Score the test images, and write metrics.json, curves.json and evaluation.csv (a row per image) to `out`.
+
+    Args:
+        gallery: of so many images, thumbnails for the report are written to gallery.zip.
 
     Returns:
         the content of metrics.json; "unreadable" lists the files that could not be used.
 
     Raises:
+        ConfigError: `gallery` is negative.
         DataError: there are no test images, or none of them is readable. NotCalibrated.
     """
+    check_gallery(gallery)
     test = [record for record in records if record.split == "test"]
     if not test:
         raise DataError("There are no test images: evaluation needs a test part (data=mvtec or data=manifest).")
@@ -187,7 +192,7 @@ def evaluate(detector: Detector, records: Sequence[Record], out: Path, progress:
             bar.update()
             error = scored.error
             row: dict[str, Any] = {"path": str(record.path), "kind": record.kind}
-            if not error:
+            if scored.score_map is not None:
                 prediction = detector.decide(scored.score_map)
                 try:
                     truth = read_mask(record.mask, scored.score_map.shape) if record.mask else None
@@ -206,14 +211,36 @@ def evaluate(detector: Detector, records: Sequence[Record], out: Path, progress:
         raise DataError(f"None of the {len(test)} test images can be used. {unreadable[0]}")
     metrics = {"made": made_by(detector), **evaluation.result(), "unreadable": unreadable}
     write_csv(out / "evaluation.csv", ("path", "kind", "image_score", "p_value", "decision", "error"), rows)
+    write_json(out / "curves.json", evaluation.curves())
     write_json(out / "metrics.json", metrics)
+    write_json(out / CARD_FILE, detector.card.to_dict())
+    shown = [Shown(record.path, record.mask) for record in _worth_showing(test, rows)[:gallery]]
+    write_gallery(out / GALLERY_FILE, detector, shown, progress)
     return metrics
+
+
+def check_gallery(images: int) -> None:
+    """Raise ConfigError if so many images cannot be shown."""
+    if images < 0:
+        raise ConfigError(f"Expected report.images >= 0, found {images}.")
+
+
+def _worth_showing(records: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """Missed defects, then false alarms, then the others; each from the highest score down."""
+
+    def order(place: int) -> tuple[int, float]:
+        normal, flagged = rows[place]["kind"] == NORMAL, rows[place]["decision"] == "anomalous"
+        return (0 if not normal and not flagged else 1 if normal and flagged else 2), -rows[place]["image_score"]
+
+    usable = [place for place, row in enumerate(rows) if not row["error"]]
+    return [records[place] for place in sorted(usable, key=order)]
 
 
 @dataclass(frozen=True)
 class PredictSummary:
     """What `predict` did, an earlier interrupted run included; `resumed` images were done by that.
 
+    `discoveries` is the number of images called anomalous at the false discovery rate, None without one.
     `errors` has a sentence for each image that could not be used.
     """
 
@@ -221,6 +248,7 @@ class PredictSummary:
     anomalous: int
     errors: list[str]
     resumed: int
+    discoveries: int | None = None
 
 
 def predict(
@@ -228,25 +256,36 @@ def predict(
     inputs: str | Path | Sequence[str | Path],
     out: Path,
     overwrite: bool = False,
+    fdr: float | None = None,
+    gallery: int = 0,
     progress: bool = True,
 ) -> PredictSummary:
     """Predict images and write, below `out`, maps/, heatmaps/, masks/, predictions.csv and .jsonl.
 
+    Args:
+        fdr: the false discovery rate over the batch at which images are called anomalous in the column
+            `fdr_decision`, in (0, 1); None leaves it empty.
+        gallery: of so many images, thumbnails for the report are written to gallery.zip.
+
     Raises:
-        DataError: an input is missing. BlemishError: `out` cannot be used. NotCalibrated.
+        DataError: an input is missing. BlemishError: `out` cannot be used. ConfigError: `fdr` or `gallery` is out of
+            range. NotCalibrated.
     """
+    check_gallery(gallery)
+    if fdr is not None and not (isinstance(fdr, (int, float)) and 0 < fdr < 1):
+        raise ConfigError(f"Expected fdr between 0 and 1, found {fdr}.")
     # Results of an earlier run are no inputs, should `out` lie inside the input folder.
     inside = out.absolute()
     pairs = [pair for pair in expand_inputs(inputs) if inside not in pair[0].absolute().parents]
     stems = dict(zip([path for path, _ in pairs], unique_stems([name for _, name in pairs]), strict=True))
-    files = PredictionFiles(out, made_by(detector), detector.card.mask.value, overwrite)
+    files = PredictionFiles(out, made_by(detector) | {"fdr": fdr}, detector.card, overwrite)
     before = files.done()
     done = {row["path"] for row in before}
     todo = [path for path, _ in pairs if str(path) not in done]
 
     def scored() -> Iterator[Scored]:
         for item in score_files(detector, todo):
-            prediction = None if item.error else detector.decide(item.score_map)
+            prediction = None if item.score_map is None else detector.decide(item.score_map)
             yield Scored(item.path, item.pixels, prediction, item.seconds, item.error)
 
     def area(item: Scored) -> float:
@@ -257,12 +296,94 @@ def predict(
 
     anomalous = sum(row["decision"] == "anomalous" for row in before)
     errors = [row["error"] for row in before if row["error"]]
-    rows = files.append(map_ahead(write, scored(), area, _PIXELS_AHEAD, workers=2))
+    ranked = [(-row["image_score"], row["path"]) for row in before if not row["error"]]
+    rows = files.append(map_ahead(write, scored(), area, PIXELS_AHEAD, workers=2))
     for row in tqdm(rows, "predicting", len(pairs), initial=len(pairs) - len(todo), unit="image", disable=not progress):
         anomalous += row["decision"] == "anomalous"
-        errors += [row["error"]] if row["error"] else []
-    files.finish()
-    return PredictSummary(len(before) + len(todo), anomalous, errors, len(before))
+        if row["error"]:
+            errors.append(row["error"])
+        else:
+            ranked.append((-row["image_score"], row["path"]))
+    worst = [Shown(Path(path)) for _, path in heapq.nsmallest(gallery, ranked)]
+    write_gallery(out / GALLERY_FILE, detector, worst, progress)
+    discoveries = files.finish(fdr)
+    return PredictSummary(len(before) + len(todo), anomalous, errors, len(before), discoveries)
+
+
+def monitor(
+    detector: Detector,
+    inputs: str | Path | Sequence[str | Path],
+    state: Path,
+    level: float = 0.01,
+    seed: int = 0,
+    by_folder: bool | None = None,
+    order: str = "shuffled",
+    progress: bool = True,
+) -> tuple[Drift, list[str]]:
+    """Test whether images believed normal still match the calibration, and go on with the journal `state`.
+
+    Args:
+        level: the chance of a false verdict on unchanged images (see `Drift`). seed: breaks ties.
+        by_folder: whether the images of one folder are one unit, with its largest score, as the calibration's groups.
+            None is False, but refused if several calibration images are one unit.
+        order: "shuffled" asks whether the images as a whole match; "name", where names sort by time, whether they
+            do at every moment, so that neighbours which resemble each other count as a change, too.
+
+    Returns:
+        the verdict, and a sentence for each image that could not be used.
+
+    Raises:
+        ConfigError: `by_folder` must be settled. CalibrationError: an image trained the model, or see `Monitor`.
+        DataError: see `Monitor`. NotCalibrated.
+    """
+    if order not in ("shuffled", "name"):
+        raise ConfigError(f"Expected order to be shuffled or name, found '{order}'.")
+    card = detector.card
+    if by_folder is None and card.images != card.n:
+        raise ConfigError(
+            f"The calibration has {count_units(card.n, card.images)}: set by_folder=true if the images of one folder "
+            "are one such unit, or by_folder=false if each image is one."
+        )
+    paths = [path for path, _ in expand_inputs(inputs)]
+    files = dict(zip(paths, digest_files(paths, progress), strict=True))
+    trained_on = set(detector.about.get("trained_on", ()))
+    seen = [path for path, digest in files.items() if digest in trained_on]
+    if seen:
+        raise CalibrationError(
+            f"{len(seen)} of {len(paths)} images took part in training (first: {seen[0]}): their scores are too low to "
+            "compare; give images that the model has not seen."
+        )
+    units: dict[Path, list[tuple[Path, str]]] = {}
+    for path, digest in files.items():
+        units.setdefault(path.parent if by_folder else path, []).append((path, digest))
+    digests = {unit: _joined_digest(digest for _, digest in members) for unit, members in units.items()}
+    errors: list[str] = []
+    with Monitor.open(
+        state, card.scores, card.fingerprint, card.mask_rule.to_dict(), card.threshold, card.promise.alpha, seed, level
+    ) as journal:
+        for unit in units:
+            if journal.seen(digests[unit]):
+                journal.repeat(digests[unit])
+        new = [unit for unit in units if not journal.seen(digests[unit])]
+        if order == "shuffled":
+            new.sort(key=lambda unit: digests[unit])  # as good as random, and the same after a kill
+        maps = score_files(detector, [path for unit in new for path, _ in units[unit]])
+        with tqdm(total=len(new), desc="monitoring", unit="image", disable=not progress, leave=False) as bar:
+            for unit in new:
+                bar.update()
+                scored = [next(maps) for _ in units[unit]]
+                unusable = [item.error for item in scored if item.error]
+                errors += unusable
+                if not unusable:  # the largest score of a unit is not known without all its images
+                    score = max(card.mask_rule.score(item.score_map) for item in scored if item.score_map is not None)
+                    journal.add(unit, digests[unit], score)
+        return journal.result(), errors
+
+
+def _joined_digest(digests: Iterable[str]) -> str:
+    """The SHA-256 of a single file stays what it is; several make one, whatever their order."""
+    ordered = sorted(digests)
+    return ordered[0] if len(ordered) == 1 else hashlib.sha256("".join(ordered).encode()).hexdigest()
 
 
 def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
@@ -286,7 +407,7 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
             overall = metrics["overall"]
             row += [*(overall[name] for name in figures), overall["calibrated"]["image_f1"]]
             card = json.loads((run / "card.json").read_text(encoding="utf-8"))
-            stale = metrics["made"]["calibration"]["threshold"] != card["image_threshold"]
+            stale = metrics["made"]["calibration"]["threshold"] != card["threshold"]
             row += [metrics["normals"]["false_alarm_rate"], "recalibrated since: evaluate again" if stale else ""]
         else:
             finished = (run / "detector.pt").is_file()

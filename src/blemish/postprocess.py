@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +17,10 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Region:
-    """A connected part of a mask (8 neighbours): its box in pixels, its area in pixels, its largest score."""
+    """A connected part of a mask (8 neighbours): its box in pixels, its area in pixels, its largest score.
+
+    p_value: the chance that a normal image shows as bad a region, in (0, 1]; None without a calibration.
+    """
 
     left: int
     top: int
@@ -24,6 +28,7 @@ class Region:
     height: int
     area: int
     score: float
+    p_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,13 @@ class Cleaning:
         if self.min_area < 1:
             raise ConfigError(f"Expected cleaning.min_area >= 1, found {self.min_area}.")
 
-    def __call__(self, mask: Mask, score_map: FloatArray) -> tuple[Mask, list[Region]]:
-        """(H, W) bool -> the cleaned mask and its regions, largest score first."""
+    def __call__(
+        self, mask: Mask, score_map: FloatArray, p_value: Callable[[FloatArray], float] | None = None
+    ) -> tuple[Mask, list[Region]]:
+        """(H, W) bool -> the cleaned mask and its regions, largest score first.
+
+        `p_value` takes the part of the map in a region's box, 0 outside the region.
+        """
         count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
         kept = np.flatnonzero(boxes[:, cv2.CC_STAT_AREA] >= self.min_area)
         kept = kept[kept > 0]  # 0 is the background
@@ -64,6 +74,7 @@ class Cleaning:
         for label in kept:
             left, top, width, height, area = (int(value) for value in boxes[label])
             window = slice(top, top + height), slice(left, left + width)
-            score = float(score_map[window][labels[window] == label].max())
-            regions.append(Region(left, top, width, height, area, score))
+            part = np.where(labels[window] == label, score_map[window], np.float32(0))
+            p = p_value(part) if p_value else None
+            regions.append(Region(left, top, width, height, area, float(part.max()), p))
         return mask, sorted(regions, key=lambda region: -region.score)

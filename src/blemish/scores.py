@@ -25,11 +25,14 @@ class ResidualScore(nn.Module):
         super().__init__()
         self.residual = residual
 
-    @torch.inference_mode()
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        return self.explain(model, x)[0]
+
+    @torch.inference_mode()
+    def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The score, and what the model expected: (B, D, h, w)."""
         output = model(x)
-        score: Tensor = self.residual(output.observed, output.expected)
-        return score
+        return self.residual(output.observed, output.expected), output.expected
 
 
 class TorchScorer:
@@ -47,3 +50,17 @@ class TorchScorer:
         x = torch.from_numpy(tiles).to(self.device, memory_format=torch.channels_last)
         score_tiles: FloatArray = self.score(self.model, x)[:, 0].float().cpu().numpy()
         return score_tiles
+
+    def explain(self, tiles: FloatArray) -> FloatArray:
+        """(b, 1 + C, t, t): the score, and what defect-free tiles would have shown.
+
+        (b, 1, t, t) if the model expects something else than pixels, or the score does not tell.
+        """
+        explainer = getattr(self.score, "explain", None)
+        if explainer is None:
+            return self(tiles)[:, None]
+        x = torch.from_numpy(tiles).to(self.device, memory_format=torch.channels_last)
+        score, expected = explainer(self.model, x)
+        parts = [score, expected] if expected.shape == x.shape else [score]
+        explained: FloatArray = torch.cat([part.float() for part in parts], 1).cpu().numpy()
+        return explained

@@ -66,7 +66,12 @@ def pad_to_tile(images: npt.NDArray[np.generic], size: int) -> npt.NDArray[np.ge
 
 
 def apply_tiled(scorer: TileScorer, images: Pixels, tiling: Tiling) -> FloatArray:
-    """Score images of one size tile by tile: (N, H, W, C) pixels -> (N, H, W) float32.
+    """Score images of one size tile by tile: (N, H, W, C) pixels -> (N, H, W) float32."""
+    return blend_tiles(lambda tiles: scorer(tiles)[:, None], images, tiling)[..., 0]
+
+
+def blend_tiles(function: TileScorer, images: Pixels, tiling: Tiling) -> FloatArray:
+    """Apply a function from tiles (b, C, t, t) to tiles (b, K, t, t): (N, H, W, C) pixels -> (N, H, W, K) float32.
 
     Tiles are blended with weights that fall towards their borders. Sums are kept in float64 for one row of
     tiles at a time: the blend of equal values is that very float32 value, and beyond the images and the result
@@ -78,21 +83,24 @@ def apply_tiled(scorer: TileScorer, images: Pixels, tiling: Tiling) -> FloatArra
     tops, lefts = tiling.starts(images.shape[1]), tiling.starts(images.shape[2])
     ramp = _ramp(size)
     weight = np.outer(ramp, ramp)
-    result = np.empty((n, *images.shape[1:3]), dtype=np.float32)
-    sums = np.zeros((n, size, images.shape[2]))
+    result, sums = np.empty(0, dtype=np.float32), np.empty(0)  # until the first tiles say how many channels
     weights = np.zeros((size, images.shape[2]))
     for top, following in zip(tops, [*tops[1:], images.shape[1]], strict=True):
         for where, tiles in _tile_batches(images, top, lefts, tiling):
-            scores = scorer(to_unit(tiles).transpose(0, 3, 1, 2))
-            for (image, left), score in zip(where, scores, strict=True):
-                sums[image, :, left : left + size] += weight * score
+            blended = function(to_unit(tiles).transpose(0, 3, 1, 2))
+            if not sums.size:
+                result = np.empty((n, blended.shape[1], *images.shape[1:3]), dtype=np.float32)
+                sums = np.zeros((n, blended.shape[1], size, images.shape[2]))
+            for (image, left), tile in zip(where, blended, strict=True):
+                sums[image, :, :, left : left + size] += weight * tile
         for left in lefts:
             weights[:, left : left + size] += weight
         done = following - top  # rows that no later tile touches
-        np.divide(sums[:, :done], weights[:done], out=result[:, top:following], casting="same_kind")
-        sums[:, : size - done], sums[:, size - done :] = sums[:, done:].copy(), 0.0
+        np.divide(sums[:, :, :done], weights[:done], out=result[:, :, top:following], casting="same_kind")
+        sums[:, :, : size - done], sums[:, :, size - done :] = sums[:, :, done:].copy(), 0.0
         weights[: size - done], weights[size - done :] = weights[done:].copy(), 0.0
-    return result[:, :height, :width]
+    cut: FloatArray = result[:, :, :height, :width].transpose(0, 2, 3, 1)
+    return cut
 
 
 def _ramp(size: int) -> npt.NDArray[np.float64]:

@@ -15,6 +15,7 @@ from blemish.commands import ACTIONS
 
 GROUPS = ("model", "residual", "corruption", "augment", "data", "trainer")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
+MASK_SETTINGS = ("mask_rule", "tau", "region_area")
 every_option = pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}-{o}" for g, o in OPTIONS])
 
 
@@ -91,7 +92,8 @@ def test_verb_composes_and_fits_its_targets(verb):
 
 
 def test_settings_fit_the_classes_they_are_handed_to(settings):
-    from blemish.calibration import Promise
+    from blemish.calibration import Promise, read_settings
+    from blemish.normalisation import NormalisationSettings
     from blemish.postprocess import Cleaning, Smoothing
     from blemish.preprocess import Preprocess
     from blemish.tiling import Tiling
@@ -99,9 +101,12 @@ def test_settings_fit_the_classes_they_are_handed_to(settings):
 
     composed = settings("data=folder", "image.channels=1")
     calibration = composed["calibration"]
-    calibration.pop("mask_rule")
+    promise, mask_rule = read_settings(calibration)
+    assert vars(mask_rule) == {key.replace("mask_rule", "name"): calibration.pop(key) for key in MASK_SETTINGS}
+    assert vars(promise) == calibration
     for kind, arguments in (
         (Promise, calibration),
+        (NormalisationSettings, composed["normalisation"]),
         (Cleaning, composed["cleaning"]),
         (Smoothing, composed["smoothing"]),
         (Preprocess, composed["image"]),

@@ -18,8 +18,11 @@ from blemish.pictures import heat_map
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
-VERBS = ("train", "calibrate", "evaluate", "predict", "check", "compare")
-COLUMNS = ["path", "image_score", "p_value", "decision", "regions", "boxes", "seconds", "error"]
+VERBS = ("train", "calibrate", "evaluate", "predict", "check", "compare", "report", "monitor")
+COLUMNS = [
+    *("path", "image_score", "p_value", "q_value", "decision", "fdr_decision", "regions", "boxes", "region_p_values"),
+    *("map", "heatmap", "mask", "seconds", "error"),
+]
 ODD_NAMES = [
     "two words",
     "a,b",
@@ -50,7 +53,8 @@ def rows_of(out):
     assert [row["path"] for row in table] == [row["path"] for row in lines]
     for row, line in zip(table, lines, strict=True):
         assert set(line) == set(COLUMNS)
-        assert json.loads(row["boxes"]) == line["boxes"]
+        assert all(json.loads(row[key]) == line[key] for key in ("boxes", "region_p_values"))
+        assert all(row[key] == ("" if line[key] is None else str(line[key])) for key in ("q_value", "fdr_decision"))
         assert row["decision"] == (line["decision"] or "")
         assert row["image_score"] == ("" if line["image_score"] is None else str(line["image_score"]))
     return lines
@@ -129,7 +133,10 @@ def test_run_folder_is_complete(tiny_run):
         "detector.pt",
         "card.json",
         "metrics.json",
+        "curves.json",
         "evaluation.csv",
+        "gallery.zip",
+        "report.html",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
     }
@@ -159,8 +166,8 @@ def test_card_holds_the_promise(tiny_run):
     card = read_json(tiny_run / "card.json")
     assert card["promise"] == {"alpha": 0.1, "rule": "marginal", "delta": 0.05}
     assert card["units"] == card["images"] == 12 and card["rank"] == 12
-    assert card["image_threshold"] == sorted(card["image_scores"])[11]
-    assert "100 false alarms" in card["in_words"]
+    assert card["threshold"] == sorted(card["scores"])[11]
+    assert "expect about 77 false alarms (any pixel flagged), at most 100 on average" in card["in_words"]  # 1000 / 13
     assert card["fingerprint"] == load_detector(tiny_run).fingerprint
 
 
@@ -207,7 +214,7 @@ def test_files_hold_what_the_detector_says(predicted, tiny_run, tiny_data):
             score_map = np.asarray(image)
         np.testing.assert_array_equal(score_map, prediction.score_map, strict=True)
         mask = read_mask(predicted / f"masks/{name}.png", score_map.shape)
-        np.testing.assert_array_equal(mask, score_map > detector.calibration.mask.value, strict=True)
+        np.testing.assert_array_equal(mask, score_map > detector.calibration.threshold, strict=True)
         assert row["image_score"] == score_map.max() == prediction.image_score
         assert row["p_value"] == prediction.p_value
         assert row["decision"] == ("anomalous" if mask.any() else "normal")
@@ -225,7 +232,7 @@ def test_heat_maps_share_the_scale_of_the_calibration(predicted, tiny_run, tiny_
     for name in ("good/000", "blob/000"):
         pixels = read_pixels(tiny_data / f"test/{name}.png")
         prediction = detector(pixels)
-        expected = heat_map(prediction.score_map, detector.calibration.mask.value, pixels, prediction.mask)
+        expected = heat_map(prediction.score_map, detector.calibration.threshold, pixels, prediction.mask)
         np.testing.assert_array_equal(read_pixels(predicted / f"heatmaps/{name}.png"), expected, strict=True)
 
 
@@ -233,7 +240,7 @@ def test_artefacts_tell_their_origin(predicted, tiny_run):
     made = read_json(predicted / "predict.json")
     card = read_json(tiny_run / "card.json")
     assert made["version"] == __version__ and made["fingerprint"] == card["fingerprint"]
-    assert made["calibration"] == card["promise"] | {"threshold": card["image_threshold"]}
+    assert made["calibration"] == card["promise"] | {key: card[key] for key in ("mask_rule", "threshold")}
     note = json.loads(Image.open(predicted / "masks/blob/000.png").info["Software"])
     assert note["fingerprint"] == made["fingerprint"]
     tags = Image.open(predicted / "maps/blob/000.tiff").tag_v2
@@ -297,8 +304,10 @@ def test_finished_predictions_are_not_overwritten_by_accident(run_cli, tiny_run,
 
 def interrupt(out, done, torn='{"path": "/torn'):
     """Make finished predictions look as a kill would have left them after `done` rows."""
-    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (out / ".predictions.jsonl.part").write_text("".join(lines[:done]) + torn, encoding="utf-8")
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    # What only the whole batch can say is not known yet.
+    known = [json.dumps(json.loads(line) | {"q_value": None, "fdr_decision": None}) + "\n" for line in lines[:done]]
+    (out / ".predictions.jsonl.part").write_text("".join(known) + torn, encoding="utf-8")
     (out / "predictions.jsonl").unlink()
     (out / "predictions.csv").unlink()
     return [json.loads(line) for line in lines]
@@ -471,7 +480,7 @@ def test_calibration_on_other_normals_keeps_the_model(run_copy, run_cli, save, t
     assert after.fingerprint == before.fingerprint and after.calibration.n == 20
     assert after.calibration.promise == before.calibration.promise
     expected = sorted(float(before.score_map(read_image(path)).max()) for path in (tmp_path / "new").iterdir())
-    assert list(after.calibration.image.scores) == expected
+    assert list(after.calibration.scores) == expected
     assert read_json(run_copy / "card.json") == after.calibration.to_dict()
     assert {"made"} & set(read_json(run_copy / "card.json"))
 
@@ -481,8 +490,8 @@ def test_another_alpha_needs_no_data(run_copy, run_cli):
     result = run_cli(["calibrate", f"run={run_copy}", "calibration.alpha=0.3"])
     assert result.code == 0, result.err
     after = load_detector(run_copy).calibration
-    assert after.promise.alpha == 0.3 and after.image.scores == before.image.scores
-    assert after.image.value == sorted(before.image.scores)[9]
+    assert after.promise.alpha == 0.3 and after.scores == before.scores
+    assert after.threshold == sorted(before.scores)[9]
 
 
 def test_other_rule_needs_no_data(run_copy, run_cli):

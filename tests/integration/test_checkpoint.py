@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from blemish import load_detector
-from blemish.checkpoint import assemble, build_model, read_checkpoint, save_detector
+from blemish.checkpoint import FORMAT, assemble, build_model, read_checkpoint, save_detector
 from blemish.data.images import read_pixels
 from blemish.errors import BlemishError, CalibrationError, CheckpointError, ConfigError
+from blemish.normalisation import SpatialNormalisation
 
 CONFIG = {
     "model": {
@@ -28,6 +29,7 @@ CONFIG = {
     "image": {"channels": 1, "max_side": None},
     "tiling": {"size": 16, "overlap": 0.25, "batch": 8},
     "smoothing": {"sigma": 1.0},
+    "normalisation": {"kind": "none", "source": "validation", "images": 200},
     "cleaning": {"min_area": 1},
 }
 
@@ -62,10 +64,44 @@ def image(seed=0):
 
 def test_saved_and_loaded_maps_are_equal_bit_for_bit(model, tmp_path):
     before = assemble(CONFIG, model)
-    save_detector(tmp_path, CONFIG, model, None, {"version": "0"})
+    save_detector(tmp_path, CONFIG, before, None, {"version": "0"})
     after = load_detector(tmp_path, device="cpu")
     np.testing.assert_array_equal(after.score_map(image()), before.score_map(image()), strict=True)
     assert after.fingerprint == before.fingerprint
+
+
+def statistics(seed=0):
+    rng = np.random.default_rng(seed)
+    return SpatialNormalisation(rng.random((37, 50), np.float32), 0.1 + rng.random((37, 50), np.float32))
+
+
+def test_statistics_are_saved_and_loaded_bit_for_bit(model, tmp_path):
+    before = assemble(CONFIG, model, statistics())
+    save_detector(tmp_path, CONFIG, before, None, {"version": "0"})
+    after = load_detector(tmp_path, device="cpu")
+    np.testing.assert_array_equal(after.normalisation.location, before.normalisation.location, strict=True)
+    np.testing.assert_array_equal(after.normalisation.scale, before.normalisation.scale, strict=True)
+    np.testing.assert_array_equal(after.score_map(image()), before.score_map(image()), strict=True)
+    assert after.fingerprint == before.fingerprint != assemble(CONFIG, model).fingerprint
+
+
+@pytest.mark.parametrize("name", ["location", "scale"])
+def test_fingerprint_changes_with_any_statistic(model, name):
+    changed = statistics()
+    getattr(changed, name)[7, 9] += np.float32(1e-3)
+    one, other, plain = (assemble(CONFIG, model, s).fingerprint for s in (statistics(), changed, None))
+    assert len({one, other, plain}) == 3
+    assert assemble(CONFIG, model, statistics()).fingerprint == one
+
+
+def test_model_explains_one_tile_as_it_would_alone(model):
+    pixels = np.random.default_rng(1).random((16, 16, 1), np.float32)
+    detector = assemble(CONFIG, model)
+    score_map, expected = detector.explain(pixels)
+    with torch.inference_mode():
+        alone = model(torch.from_numpy(pixels.transpose(2, 0, 1)[None])).expected[0, 0].numpy()
+    np.testing.assert_array_equal(expected[..., 0], alone, strict=True)
+    np.testing.assert_array_equal(score_map, detector.score_map(pixels), strict=True)
 
 
 def test_loaded_run_is_calibrated_and_knows_its_origin(tiny_run):
@@ -123,7 +159,7 @@ class Payload:
 
 def test_pickled_object_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": 1, "config": Payload()}, tmp_path / "detector.pt")
+    torch.save({"format": FORMAT, "config": Payload()}, tmp_path / "detector.pt")
     with pytest.raises(CheckpointError, match="damaged or not a blemish detector"):
         load_detector(tmp_path)
     assert not (tmp_path / "payload-ran").exists()
@@ -195,7 +231,7 @@ def test_unfinished_training_says_how_to_go_on(run_copy):
         load_detector(run_copy)
 
 
-@pytest.mark.parametrize("number", [2, None, "1"])
+@pytest.mark.parametrize("number", [1, FORMAT + 1, None, str(FORMAT)])
 def test_other_format_is_refused(run_copy, number):
     rewrite(run_copy, lambda content: content.update(format=number))
     with pytest.raises(CheckpointError, match="format"):
@@ -208,7 +244,7 @@ def test_file_that_holds_only_tensors_is_refused(tmp_path):
         load_detector(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["config", "state_dict", "calibration", "about"])
+@pytest.mark.parametrize("key", ["config", "state_dict", "normalisation", "calibration", "about"])
 def test_lacking_part_is_one_sentence(run_copy, key):
     rewrite(run_copy, lambda content: content.pop(key))
     with pytest.raises(BlemishError):
@@ -227,6 +263,13 @@ def test_altered_weight_voids_the_calibration(run_copy):
         load_detector(run_copy)
 
 
+def test_added_statistics_void_the_calibration(run_copy):
+    maps = {"location": torch.zeros(40, 48), "scale": torch.ones(40, 48)}
+    rewrite(run_copy, lambda content: content.update(normalisation=maps))
+    with pytest.raises(CalibrationError, match="another detector"):
+        load_detector(run_copy)
+
+
 @pytest.mark.parametrize(("section", "key", "value"), [("tiling", "overlap", 0.5), ("smoothing", "sigma", 1.0)])
 def test_altered_setting_voids_the_calibration(run_copy, section, key, value):
     rewrite(run_copy, lambda content: content["config"][section].update({key: value}))
@@ -235,7 +278,7 @@ def test_altered_setting_voids_the_calibration(run_copy, section, key, value):
 
 
 def test_altered_threshold_is_refused(run_copy):
-    rewrite(run_copy, lambda content: content["calibration"].update(image_threshold=0.0))
+    rewrite(run_copy, lambda content: content["calibration"].update(threshold=0.0))
     with pytest.raises(CalibrationError, match="contradicts"):
         load_detector(run_copy)
 
@@ -249,6 +292,7 @@ def test_altered_threshold_is_refused(run_copy):
         ("tiling.size", 32),
         ("tiling.overlap", 0.5),
         ("smoothing.sigma", 2.0),
+        ("normalisation.kind", "robust"),
     ],
 )
 def test_fingerprint_changes_with_what_shapes_a_score(model, path, value):

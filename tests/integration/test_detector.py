@@ -7,11 +7,17 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
+from scipy import ndimage
 
 from blemish.calibration import Calibration, Promise
-from blemish.data.images import to_unit
+from blemish.data.images import check_pixels, to_unit
 from blemish.detector import Detector
 from blemish.errors import BlemishError, CalibrationError, ImageError, NotCalibrated
+from blemish.mask_rules import MaskRule
+from blemish.noise import Noise
+from blemish.normalisation import NormalisationSettings, SpatialNormalisation
+from blemish.pipeline import fit_normalisation
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
 from blemish.tiling import Tiling
@@ -118,6 +124,159 @@ def test_no_images_give_no_maps():
     assert list(detector().score_maps([])) == []
 
 
+def test_scorer_that_says_no_expectation_explains_with_none():
+    pixels = noise((40, 50))
+    score_map, expected = detector(sigma=1.0).explain(pixels)
+    np.testing.assert_array_equal(score_map, detector(sigma=1.0).score_map(pixels), strict=True)
+    assert expected is None
+
+
+class Darker:
+    """Expects every pixel at half its value."""
+
+    def __call__(self, tiles):
+        return brightness(tiles)
+
+    def explain(self, tiles):
+        return np.concatenate([brightness(tiles)[:, None], tiles / 2], axis=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(16, 16), (45, 70), (5, 9)])
+def test_explained_map_is_the_score_map_with_what_was_expected(channels, shape):
+    pixels = noise((*shape, channels))
+    one_path = detector(scorer=Darker(), channels=channels, sigma=1.5)
+    score_map, expected = one_path.explain(pixels)
+    np.testing.assert_array_equal(score_map, one_path.score_map(pixels), strict=True)
+    np.testing.assert_array_equal(expected, to_unit(pixels) / 2, strict=True)
+
+
+def test_expectation_has_the_size_that_is_scored():
+    score_map, expected = detector(scorer=Darker(), max_side=30).explain(noise((60, 40)))
+    assert score_map.shape == (60, 40) and expected.shape == (30, 20, 1)
+
+
+# --- normalisation ------------------------------------------------------------------------------------------------
+
+
+def normalised(shape, **settings):
+    statistics = [np.random.default_rng(seed).random(shape, np.float32) for seed in range(3)]
+    return replace(detector(**settings), normalisation=SpatialNormalisation(statistics[0], 0.1 + statistics[1]))
+
+
+def test_maps_are_normalised_after_smoothing():
+    pixels, one_path = noise((20, 30)), normalised((20, 30), sigma=2.0)
+    np.testing.assert_array_equal(
+        one_path.score_map(pixels), one_path.normalisation(detector(sigma=2.0).score_map(pixels)), strict=True
+    )
+
+
+def test_maps_are_normalised_at_the_size_that_is_scored():
+    pixels = noise((80, 60))
+    with_size = normalised((40, 30), max_side=40)
+    with_size.check_size(pixels)
+    assert with_size.score_map(pixels).shape == (80, 60)
+
+
+@pytest.mark.parametrize("kind", ["robust", "mean_std"])
+def test_statistics_come_from_the_maps_at_the_size_that_is_scored(kind, tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    for number, path in enumerate(paths):
+        Image.fromarray(noise((80, 60), number)).save(path)
+    judge = detector(max_side=40, sigma=1.0)
+    found = fit_normalisation(judge, paths, NormalisationSettings(kind), progress=False)
+    small = detector(sigma=1.0)
+    maps = np.stack([small.score_map(judge.preprocess(check_pixels(noise((80, 60), number)))) for number in range(5)])
+    expected = np.median(maps, 0) if kind == "robust" else maps.mean(0)
+    assert found.location.shape == (40, 30)
+    np.testing.assert_allclose(found.location, expected, rtol=1e-5)
+    assert replace(judge, normalisation=found).score_map(noise((80, 60), 9)).shape == (80, 60)
+
+
+def test_images_of_another_size_are_refused_if_maps_are_normalised():
+    with_size = normalised((20, 30))
+    for judge in (with_size.check_size, with_size.score_map):
+        with pytest.raises(ImageError, match="20 x 30, found 21 x 30"):
+            judge(noise((21, 30)))
+    detector().check_size(noise((21, 30)))
+
+
+# --- mask rules ---------------------------------------------------------------------------------------------------
+
+
+def ruled(mask_rule, threshold, **settings):
+    scores = [threshold * (rank + 1) / 19 for rank in range(19)]
+    card = Calibration.fit(scores, [str(score) for score in scores], Promise(0.05), "print", mask_rule)
+    return detector(**settings).calibrated(card)
+
+
+def squares(*sides, shape=(40, 60)):
+    """Bright squares of these sides on black, far from each other."""
+    pixels = np.zeros(shape, np.uint8)
+    for place, side in enumerate(sides):
+        pixels[4 : 4 + side, 4 + 14 * place : 4 + 14 * place + side] = 250 - place
+    return pixels
+
+
+def test_area_fraction_flags_images_by_area_and_shows_every_pixel():
+    judge = ruled(MaskRule("area_fraction", tau=10 / 2400), 0.5)
+    few, many = judge(squares(3)), judge(squares(3, 2))
+    assert not few.is_anomalous and few.mask.sum() == 9 and few.image_score == 0 and few.p_value == 1
+    assert many.is_anomalous and many.mask.sum() == 13 and many.p_value == 0.05
+    # Neither region breaks the rule alone.
+    assert [region.p_value for region in many.regions] == [1, 1]
+
+
+def test_region_shows_only_what_breaks_the_rule():
+    judge = ruled(MaskRule("region", region_area=9), 0.5)
+    small, large = judge(squares(2, 2, 2)), judge(squares(2, 3, 4))
+    assert not small.is_anomalous and not small.mask.any() and small.regions == []
+    assert large.is_anomalous and [region.area for region in large.regions] == [9, 16]
+    assert large.mask.sum() == 25 and [region.p_value for region in large.regions] == [0.05, 0.05]
+    assert large.image_score == np.float32(249 / 255)
+
+
+def test_cleaning_above_the_region_area_removes_more_of_the_mask_only():
+    prediction = ruled(MaskRule("region", region_area=4), 0.5, min_area=10)(squares(2, 3, 4))
+    assert prediction.is_anomalous and [region.area for region in prediction.regions] == [16]
+
+
+def test_region_p_value_is_the_images_had_it_no_other_region():
+    rng = np.random.default_rng(3)
+    for rule in (MaskRule(), MaskRule("area_fraction", tau=0.01), MaskRule("region", region_area=4)):
+        scores = np.linspace(0.1, 0.4, 19).tolist()
+        card = Calibration.fit(scores, list(map(str, scores)), Promise(0.5), "print", rule)
+        judge = detector(sigma=1.5).calibrated(card)
+        pixels = np.where(rng.random((40, 60)) < 0.04, 255, 30).astype(np.uint8)
+        prediction = judge(pixels)
+        assert len(prediction.regions) > 2
+        for region in prediction.regions:
+            rows, columns = (
+                slice(region.top, region.top + region.height),
+                slice(region.left, region.left + region.width),
+            )
+            labels, _ = ndimage.label(prediction.mask[rows, columns], structure=np.ones((3, 3)))
+            scores = prediction.score_map[rows, columns]
+            (own,) = {labels[place] for place in zip(*np.nonzero((scores == region.score) & (labels > 0)), strict=True)}
+            alone = np.zeros_like(prediction.score_map)
+            alone[rows, columns] = np.where(labels == own, scores, 0)
+            assert region.p_value == judge.calibration.p_value(rule.score(alone))
+            assert region.p_value >= prediction.p_value
+        if rule.name != "area_fraction":
+            assert min(region.p_value for region in prediction.regions) == prediction.p_value
+
+
+def test_assumed_noise_decides_by_its_own_threshold():
+    noise_found = Noise(sigma=0.01, pixels=2400, ks=0, correlation=0, spread=1)
+    card = Calibration.fit([0.9], ["a"], Promise(0.05), "print", MaskRule("parametric_noise"), noise_found)
+    judge = detector().calibrated(card)
+    assert card.threshold < 0.06
+    below, above = np.full((40, 60), card.threshold, np.float32), np.full((40, 60), card.threshold, np.float32)
+    above[3, 4] = np.nextafter(np.float32(card.threshold), np.float32(1))
+    assert not judge(below).is_anomalous and not judge(below).mask.any()
+    assert judge(above).is_anomalous and judge(above).mask.sum() == 1
+
+
 def test_wrong_pixels_are_refused():
     with pytest.raises(ImageError):
         detector().score_map(np.zeros((4, 4, 2), np.uint8))
@@ -140,7 +299,7 @@ def test_prediction_of_a_normal_and_a_defective_image():
 def test_image_is_anomalous_exactly_if_its_mask_is_not_empty(seed):
     judge = calibrated(0.4 + 0.06 * seed, sigma=1.5)
     prediction = judge(noise((33, 47), seed))
-    np.testing.assert_array_equal(prediction.mask, prediction.score_map > judge.calibration.mask.value, strict=True)
+    np.testing.assert_array_equal(prediction.mask, prediction.score_map > judge.calibration.threshold, strict=True)
     assert prediction.is_anomalous == prediction.mask.any() == (len(prediction.regions) > 0)
 
 

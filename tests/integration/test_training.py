@@ -61,10 +61,7 @@ def assert_same_weights(run, other):
 def test_same_seed_gives_the_same_bits(train, tiny_run):
     again = train()
     assert_same_weights(again, tiny_run)
-    assert (
-        read_checkpoint(again)["calibration"]["image_scores"]
-        == read_checkpoint(tiny_run)["calibration"]["image_scores"]
-    )
+    assert read_checkpoint(again)["calibration"]["scores"] == read_checkpoint(tiny_run)["calibration"]["scores"]
 
 
 def test_another_seed_gives_other_weights_and_parts(train, tiny_run):
@@ -98,7 +95,7 @@ def test_interrupted_training_resumes_to_the_same_bits(
     assert resumed.code == 0, resumed.err
     assert_same_weights(run, whole)
     ours, theirs = read_checkpoint(run)["calibration"], read_checkpoint(whole)["calibration"]
-    assert ours["image_scores"] == theirs["image_scores"]
+    assert ours["scores"] == theirs["scores"]
     assert json.loads((run / "run.json").read_text())["status"] == "done"
 
 

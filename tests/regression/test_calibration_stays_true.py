@@ -22,7 +22,7 @@ def test_card_survives_another_rounding_of_its_interval():
 
 def test_damaged_card_can_be_replaced(run_copy, run_cli, normal_folder):
     content = torch.load(run_copy / "detector.pt", weights_only=True)
-    content["calibration"]["image_threshold"] *= 2
+    content["calibration"]["threshold"] *= 2
     torch.save(content, run_copy / "detector.pt")
     assert "contradicts" in run_cli(["predict", f"run={run_copy}", f"input={normal_folder}"]).sentences[0]
     for path in normal_folder.iterdir():  # one more byte makes it a file that training has not seen

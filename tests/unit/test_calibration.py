@@ -12,13 +12,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from blemish.calibration import Calibration, Promise, Threshold
-from blemish.errors import CalibrationError, ConfigError
+from blemish.calibration import Calibration, Promise, q_values, read_settings
+from blemish.errors import BlemishError, CalibrationError, ConfigError
+from blemish.mask_rules import MaskRule
+from blemish.noise import Noise
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 UNLIKELY = 1e-6
 hundredths = st.integers(1, 99).map(lambda percent: percent / 100)
 tied_scores = st.lists(st.integers(0, 8), min_size=1, max_size=40)
+WORDS = ["any pixel flagged", "more than 30.0000% of the image flagged", "a flagged region of 7 or more pixels"]
 
 
 def fit(scores, promise, units=None):
@@ -157,6 +160,22 @@ def test_what_the_refusal_offers_is_accepted():
 
 
 @pytest.mark.parametrize("rule", ["marginal", "pac"])
+def test_refusal_of_thirty_images_for_one_percent(rule):
+    with pytest.raises(CalibrationError) as refusal:
+        fit(range(30), Promise(0.01, rule))
+    assert str(refusal.value) == (
+        f"30 calibration images are too few for alpha = 0.01 ({rule}): it needs 99 (marginal) or 299 (pac, delta = "
+        "0.05); 30 can promise alpha = 0.0323 (marginal) or 0.0951 (pac). Add normal images, or set calibration.alpha "
+        "accordingly."
+    )
+
+
+def test_refusal_tells_images_from_units():
+    with pytest.raises(CalibrationError, match=r"^3 independent calibration units \(12 images; a group, or copies of"):
+        fit(range(12), Promise(0.1), [str(i % 3) for i in range(12)])
+
+
+@pytest.mark.parametrize("rule", ["marginal", "pac"])
 def test_fit_refuses_one_unit_too_few(rule):
     promise = Promise(0.1, rule)
     fit(range(promise.needed), promise)
@@ -180,8 +199,8 @@ def test_shares_outside_the_open_unit_interval_are_refused(name, value):
 def test_unknown_rules_are_refused():
     with pytest.raises(ConfigError, match=r"calibration\.rule to be one of marginal, pac, found 'median'"):
         Promise(rule="median")
-    with pytest.raises(ConfigError, match=r"calibration\.mask_rule to be one of any_pixel, found 'all'"):
-        Calibration.fit(range(30), [str(i) for i in range(30)], Promise(), "fingerprint", mask_rule="all")
+    with pytest.raises(ConfigError, match=r"calibration\.mask_rule to be one of any_pixel, .*, found 'all'"):
+        read_settings({"mask_rule": "all"})
 
 
 # --- p-values and decisions ---------------------------------------------------------------------------------------
@@ -190,8 +209,7 @@ def test_unknown_rules_are_refused():
 @given(scores=tied_scores, score=st.integers(-1, 9))
 @REPEATABLE
 def test_p_value_against_counting(scores, score):
-    threshold = Threshold(tuple(sorted(float(s) for s in scores)), 1)
-    assert threshold.p_value(score) == (1 + sum(s >= score for s in scores)) / (len(scores) + 1)
+    assert fit(scores, Promise(0.5)).p_value(score) == (1 + sum(s >= score for s in scores)) / (len(scores) + 1)
 
 
 @given(scores=tied_scores, score=st.integers(-1, 9), alpha=hundredths)
@@ -200,7 +218,7 @@ def test_beyond_the_threshold_exactly_if_p_value_at_most_alpha(scores, score, al
     promise = Promise(alpha)
     assume(len(scores) >= promise.needed)
     calibration = fit(scores, promise)
-    assert (score > calibration.image.value) == (calibration.image.p_value(score) <= alpha)
+    assert (score > calibration.threshold) == (calibration.p_value(score) <= alpha)
 
 
 @given(scores=st.lists(st.integers(0, 50), min_size=9, max_size=40), score=st.integers(-5, 55), alpha=hundredths)
@@ -213,8 +231,9 @@ def test_any_increasing_scale_gives_the_same_answers(scores, score, alpha):
         return float(value**3 + 2 * value - 1000)
 
     plain, other = fit(scores, promise), fit([stretched(s) for s in scores], promise)
-    assert (score > plain.image.value) == (stretched(score) > other.image.value)
-    assert plain.image.p_value(score) == other.image.p_value(stretched(score))
+    assert plain.rank == other.rank
+    assert (score > plain.threshold) == (stretched(score) > other.threshold)
+    assert plain.p_value(score) == other.p_value(stretched(score))
 
 
 @given(scores=st.permutations(range(25)))
@@ -229,7 +248,7 @@ def test_order_of_calibration_images_does_not_matter(scores):
 def test_threshold_falls_as_alpha_grows(rule, scores, alpha, other):
     strict, lax = (Promise(value, rule) for value in sorted((alpha, other)))
     assume(len(scores) >= strict.needed)
-    assert fit(scores, strict).image.value >= fit(scores, lax).image.value
+    assert fit(scores, strict).threshold >= fit(scores, lax).threshold
 
 
 @given(scores=tied_scores, alpha=hundredths)
@@ -237,7 +256,7 @@ def test_threshold_falls_as_alpha_grows(rule, scores, alpha, other):
 def test_calibration_images_beyond_the_threshold_are_at_most_a_share_alpha(scores, alpha):
     promise = Promise(alpha)
     assume(len(scores) >= promise.needed)
-    beyond = sum(score > fit(scores, promise).image.value for score in scores)
+    beyond = sum(score > fit(scores, promise).threshold for score in scores)
     assert Fraction(beyond + 1, len(scores) + 1) <= exact(alpha)
 
 
@@ -263,7 +282,7 @@ def false_alarms(draw, promise, n, repeats, seed):
     count = 0
     for _ in range(repeats):
         *calibration, new = draw(rng, n + 1).tolist()
-        count += new > fit(calibration, promise).image.value
+        count += new > fit(calibration, promise).threshold
     return count
 
 
@@ -294,7 +313,7 @@ def test_promise_holds_for_every_image_of_a_new_group(size):
         scores = rng.standard_normal((n + 1, 1)) + 0.5 * rng.standard_normal((n + 1, size))
         units = np.repeat(np.arange(n), size).astype(str).tolist()
         calibration = fit(scores[:n].ravel().tolist(), promise, units)
-        count += scores[n].max() > calibration.image.value
+        count += scores[n].max() > calibration.threshold
     low, high = stats.binom.ppf([UNLIKELY, 1 - UNLIKELY], repeats, rate)
     assert low <= count <= high
 
@@ -305,7 +324,7 @@ def test_promise_holds_for_every_image_of_a_new_group(size):
 def test_pac_fails_as_rarely_as_delta_says(alpha, delta, n):
     rng, repeats, promise = np.random.default_rng(n), 1200, Promise(alpha, "pac", delta)
     # Of uniform scores, a share 1 - t lies beyond the threshold t.
-    failures = sum(1 - fit(rng.random(n).tolist(), promise).image.value > alpha for _ in range(repeats))
+    failures = sum(1 - fit(rng.random(n).tolist(), promise).threshold > alpha for _ in range(repeats))
     exactly = stats.binom.cdf(n - promise.rank(n), n, alpha)
     low, high = stats.binom.ppf([UNLIKELY, 1 - UNLIKELY], repeats, exactly)
     assert exactly <= delta
@@ -315,7 +334,7 @@ def test_pac_fails_as_rarely_as_delta_says(alpha, delta, n):
 @pytest.mark.parametrize("levels", [2, 10, 40])
 def test_pac_fails_at_most_as_often_as_delta_says_with_ties(levels):
     rng, repeats, promise = np.random.default_rng(levels), 1200, Promise(0.1, "pac", 0.1)
-    rates = [1 - (fit(rng.integers(0, levels, 40).tolist(), promise).image.value + 1) / levels for _ in range(repeats)]
+    rates = [1 - (fit(rng.integers(0, levels, 40).tolist(), promise).threshold + 1) / levels for _ in range(repeats)]
     assert sum(rate > 0.1 + 1e-12 for rate in rates) <= stats.binom.ppf(1 - UNLIKELY, repeats, 0.1)
 
 
@@ -324,7 +343,7 @@ def test_p_values_of_normal_images_are_not_too_small():
     p_values = []
     for _ in range(repeats):
         *scores, new = rng.integers(0, 6, n + 1).tolist()
-        p_values.append(fit(scores, Promise(0.5)).image.p_value(new))
+        p_values.append(fit(scores, Promise(0.5)).p_value(new))
     for alpha in (0.04, 0.1, 0.2, 0.5, 0.8):
         count = sum(p <= alpha for p in p_values)
         assert count <= stats.binom.ppf(1 - UNLIKELY, repeats, alpha)
@@ -336,18 +355,17 @@ def test_p_values_of_normal_images_are_not_too_small():
 def test_a_unit_counts_once_with_its_largest_score():
     scores = [3.0, 9.0, 1.0, 5.0, 4.0, -2.0]
     calibration = fit(scores, Promise(0.25), ["a", "b", "a", "c", "c", "a"])
-    with_largest = Threshold((3.0, 5.0, 9.0), 3)
-    assert calibration.image == with_largest
+    assert calibration.scores == (3.0, 5.0, 9.0)
     assert calibration.n == 3
     assert calibration.images == 6
 
 
 def test_units_with_negative_scores_keep_them():
-    assert fit([-5.0, -7.0, -1.0], Promise(0.5), ["a", "a", "b"]).image.scores == (-5.0, -1.0)
+    assert fit([-5.0, -7.0, -1.0], Promise(0.5), ["a", "a", "b"]).scores == (-5.0, -1.0)
 
 
 def test_units_are_what_is_counted_against_the_need():
-    with pytest.raises(CalibrationError, match=r"^8 calibration images are too few"):
+    with pytest.raises(CalibrationError, match=r"^8 independent calibration units \(80 images.*are too few"):
         fit(list(range(80)), Promise(0.1), [str(i % 8) for i in range(80)])
 
 
@@ -356,19 +374,142 @@ def test_scores_and_units_must_match():
         fit([1.0, 2.0, 3.0], Promise(0.5), ["a", "b"])
 
 
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5)), min_size=1, max_size=40),
+    copies=st.lists(st.integers(0, 39), max_size=20),
+    alpha=hundredths,
+)
+@REPEATABLE
+def test_further_copies_of_an_image_change_no_decision(pairs, copies, alpha):
+    promise = Promise(alpha)
+    assume(len({unit for _, unit in pairs}) >= promise.needed)
+    doubled = pairs + [pairs[place % len(pairs)] for place in copies]
+    plain, more = (fit([s for s, _ in some], promise, [str(u) for _, u in some]) for some in (pairs, doubled))
+    assert (more.scores, more.rank, more.threshold) == (plain.scores, plain.rank, plain.threshold)
+    assert more.images == len(doubled)
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5)), min_size=1, max_size=40))
+@REPEATABLE
+def test_units_against_grouping_by_hand(pairs):
+    expected = sorted(max(s for s, other in pairs if other == unit) for unit in {unit for _, unit in pairs})
+    calibration = fit([s for s, _ in pairs], Promise(0.5), [str(unit) for _, unit in pairs])
+    assert list(calibration.scores) == expected and calibration.n == len(expected)
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_settings_make_a_promise_and_a_mask_rule():
+    section = {"alpha": 0.1, "rule": "pac", "delta": 0.2, "mask_rule": "region", "tau": 0.5, "region_area": 3}
+    assert read_settings(section) == (Promise(0.1, "pac", 0.2), MaskRule("region", 0.5, 3))
+    assert read_settings({}) == (Promise(), MaskRule())
+
+
+def test_unknown_setting_is_refused():
+    with pytest.raises(ConfigError, match=r"^calibration has no setting 'gamma'\.$"):
+        read_settings({"alpha": 0.1, "gamma": 3})
+
+
+# --- false discovery rate -----------------------------------------------------------------------------------------
+
+p_values = st.lists(st.integers(1, 20).map(lambda rank: rank / 20), max_size=25)
+
+
+def stepped_up(values, rate):
+    """Benjamini and Hochberg's procedure as they wrote it: the largest k with p_(k) <= k / m * rate, in fractions."""
+    ascending = sorted(exact(value) for value in values)
+    kept = [p for place, p in enumerate(ascending, 1) if p <= Fraction(place, len(ascending)) * rate]
+    return max(kept, default=Fraction(0))
+
+
+@given(values=p_values, percent=st.integers(1, 99))
+@REPEATABLE
+def test_q_values_call_what_benjamini_and_hochberg_call(values, percent):
+    limit = stepped_up(values, Fraction(percent, 100))
+    called = [exact(value) <= limit for value in values]
+    found = q_values(values)
+    assert len(found) == len(values) and all(0 < q <= 1 for q in found)
+    for q, is_called in zip(found, called, strict=True):
+        # Away from a tie of q and rate, where the division may round.
+        assert (q <= percent / 100) == is_called or q == pytest.approx(percent / 100, rel=1e-12)
+
+
+@given(values=p_values)
+@REPEATABLE
+def test_q_values_are_the_smallest_over_larger_p_values(values):
+    expected = [
+        min(min(1.0, larger * len(values) / sum(v <= larger for v in values)) for larger in values if larger >= p)
+        for p in values
+    ]
+    assert q_values(values) == pytest.approx(expected, rel=1e-12)
+
+
+def test_q_values_keep_the_false_discovery_rate():
+    """Of 40 images per batch 30 are normal; all p-values come from one shared calibration (Bates et al.)."""
+    rng, rate, repeats, shares = np.random.default_rng(5), 0.2, 600, []
+    for _ in range(repeats):
+        calibration = fit(rng.random(60).tolist(), Promise(0.5))
+        scores = np.concatenate([rng.random(30), 0.9 + rng.random(10)])
+        called = np.array(q_values([calibration.p_value(score) for score in scores])) <= rate
+        shares.append(called[:30].sum() / max(1, called.sum()))
+    # A mean of shares in [0, 1]: Hoeffding's bound.
+    assert np.mean(shares) <= rate + math.sqrt(math.log(1 / UNLIKELY) / (2 * repeats))
+    assert np.mean(shares) > 0.05
+
+
+# --- other libraries ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 9, 37])
+def test_p_values_against_crepes(n):
+    """crepes' conformal classifier without smoothing, one class, nonconformity = score: its p-value is ours."""
+    crepes = pytest.importorskip("crepes")
+    rng = np.random.default_rng(n)
+    scores, new = rng.integers(0, 12, n).astype(float), np.arange(-1, 14).astype(float)
+    classifier = crepes.ConformalClassifier().fit(scores)
+    theirs = classifier.predict_p(new[:, None], smoothing=False)[:, 0]
+    ours = [fit(scores.tolist(), Promise(0.5)).p_value(score) for score in new]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("alpha", "n"), [(0.5, 2), (0.1, 10), (0.1, 40), (0.05, 25), (0.2, 33), (0.03, 200)])
+def test_marginal_threshold_against_mapie(alpha, n):
+    """MAPIE's split conformal regression of y = score with a model that predicts 0: its half width is our threshold."""
+    regression = pytest.importorskip("mapie.regression")
+    dummy = pytest.importorskip("sklearn.dummy")
+    scores = np.random.default_rng(n).random(n)
+    x = np.zeros((n, 1))
+    model = dummy.DummyRegressor(strategy="constant", constant=0.0).fit(x, scores)
+    conformal = regression.SplitConformalRegressor(model, confidence_level=1 - alpha, prefit=True).conformalize(
+        x, scores
+    )
+    _, interval = conformal.predict_interval(x[:1])
+    assert fit(scores.tolist(), Promise(alpha)).threshold == pytest.approx(interval[0, 1, 0], abs=1e-12)
+
+
 # --- the card -----------------------------------------------------------------------------------------------------
 
 
-def calibrated(promise=None):
+NOISE = Noise(sigma=0.05 + 0.1, pixels=64 * 64, ks=1 / 3, correlation=0.01, spread=1.1)
+MASK_RULES = [MaskRule(), MaskRule("area_fraction", tau=0.1 + 0.2), MaskRule("region", region_area=7)]
+every_mask_rule = pytest.mark.parametrize(
+    "mask_rule", [*MASK_RULES, MaskRule("parametric_noise")], ids=lambda r: r.name
+)
+
+
+def calibrated(promise=None, mask_rule=None):
     scores = np.random.default_rng(0).random(60, dtype=np.float32).tolist()
     made = {"version": "0.1.0", "seed": 3}
-    promise = promise or Promise(0.1)
-    return Calibration.fit(scores, [str(i // 2) for i in range(60)], promise, "fingerprint", made=made)
+    noise = NOISE if mask_rule and mask_rule.name == "parametric_noise" else None
+    units = [str(i // 2) for i in range(60)]
+    return Calibration.fit(scores, units, promise or Promise(0.1), "fingerprint", mask_rule, noise, made)
 
 
+@every_mask_rule
 @pytest.mark.parametrize("promise", [Promise(0.1), Promise(0.3, "pac", 0.01)])
-def test_card_survives_json_bit_for_bit(promise):
-    calibration = calibrated(promise)
+def test_card_survives_json_bit_for_bit(promise, mask_rule):
+    calibration = calibrated(promise, mask_rule)
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict(), allow_nan=False))) == calibration
 
 
@@ -385,10 +526,48 @@ def test_card_states_what_was_promised():
     assert card["promise"] == {"alpha": 0.3, "rule": "pac", "delta": 0.01}
     assert (card["units"], card["images"], card["fingerprint"]) == (30, 60, "fingerprint")
     assert card["rank"] == Promise(0.3, "pac", 0.01).rank(30)
-    assert card["image_threshold"] == sorted(card["image_scores"])[card["rank"] - 1]
+    assert card["threshold"] == sorted(card["scores"])[card["rank"] - 1]
+    assert card["mask_rule"] == {"name": "any_pixel"} and card["noise"] is None
     assert card["rate_interval_95"] == list(Promise(0.3, "pac", 0.01).rate_interval(30))
-    assert "at most 300 false alarms, with 99 % confidence" in card["in_words"]
-    assert "with 30 calibration images" in card["in_words"]
+    expected = 1000 * (31 - card["rank"]) / 31
+    assert card["in_words"] == (
+        f"of 1000 normal images expect about {expected:.0f} false alarms (any pixel flagged), with 99 % confidence no "
+        "more than 300; from 30 independent calibration units (60 images; a group, or copies of an image, count once)"
+    )
+
+
+def test_marginal_promise_in_words():
+    limit = stats.beta.ppf(0.95, 2, 18)
+    assert fit(range(19), Promise(0.1)).in_words() == (
+        "of 1000 normal images expect about 100 false alarms (any pixel flagged), at most 100 on average over "
+        f"calibrations, with 95 % confidence no more than {math.ceil(1000 * limit)}; from 19 calibration images"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask_rule", "words"), list(zip(MASK_RULES, WORDS, strict=True)), ids=lambda value: str(value)[:20]
+)
+def test_a_false_alarm_is_said_in_words(mask_rule, words):
+    assert f"false alarms ({words}), at most" in calibrated(mask_rule=mask_rule).in_words()
+
+
+def test_card_of_assumed_noise_promises_nothing():
+    calibration = calibrated(Promise(0.02), MaskRule("parametric_noise"))
+    card = calibration.to_dict()
+    assert card["rank"] is None and card["rate_interval_95"] is None and card["noise"] == dataclasses.asdict(NOISE)
+    assert card["threshold"] == NOISE.threshold(0.02)
+    above = sum(score > card["threshold"] for score in card["scores"])
+    assert 0 < above < 30
+    assert card["in_words"].startswith("assumed, not promised: ")
+    assert "expect 20 false alarms (any pixel flagged) in 1000 normal images; of 30 independent" in card["in_words"]
+    assert card["in_words"].endswith(f"{above} exceed the threshold")
+
+
+def test_noise_belongs_to_its_own_rule_only():
+    scores, units = range(30), [str(i) for i in range(30)]
+    for mask_rule, noise in ((MaskRule("parametric_noise"), None), (MaskRule(), NOISE), (MaskRule("region"), NOISE)):
+        with pytest.raises(CalibrationError, match=r"^The mask rule parametric_noise, and no other, needs an estimate"):
+            Calibration.fit(scores, units, Promise(), "fingerprint", mask_rule, noise)
 
 
 def changed(key, change):
@@ -400,33 +579,53 @@ def changed(key, change):
 @pytest.mark.parametrize(
     "card",
     [
-        changed("image_threshold", lambda value: value * 0.9),
-        changed("mask_threshold", lambda value: math.nextafter(value, 1)),
+        changed("threshold", lambda value: value * 0.9),
+        changed("threshold", lambda value: math.nextafter(value, 1)),
         changed("promise", lambda promise: promise | {"alpha": 0.5}),
         changed("promise", lambda promise: promise | {"rule": "pac", "alpha": 0.5}),
-        changed("image_scores", lambda scores: [score / 2 for score in scores]),
-        changed("mask_scores", lambda scores: scores[:20]),
-        changed("image_scores", lambda scores: scores[::-1]),
+        changed("scores", lambda scores: [score / 2 for score in scores]),
+        changed("scores", lambda scores: scores[:20]),
         changed("rank", lambda rank: rank - 1),
         changed("units", lambda units: units + 1),
-        changed("mask_rule", lambda rule: "none"),
+        changed("threshold", lambda value: None),
     ],
-    ids=[
-        "threshold",
-        "mask threshold",
-        "alpha",
-        "rule",
-        "scores",
-        "fewer scores",
-        "order",
-        "rank",
-        "units",
-        "mask rule",
-    ],
+    ids=["threshold", "next float", "alpha", "rule", "scores", "fewer scores", "rank", "units", "no threshold"],
 )
 def test_card_that_contradicts_itself_is_refused(card):
     with pytest.raises(CalibrationError, match="contradicts its own scores"):
         Calibration.from_dict(card)
+
+
+@pytest.mark.parametrize(
+    ("card", "sentence"),
+    [
+        (changed("scores", lambda scores: scores[::-1]), "ascending order"),
+        (changed("scores", lambda scores: [*scores[:-1], math.inf]), "NaN or infinite"),
+        (changed("scores", lambda scores: []), "ascending order"),
+        (changed("mask_rule", lambda rule: {"name": "none"}), "mask_rule to be one of"),
+        (changed("mask_rule", lambda rule: {"name": "any_pixel", "size": 3}), "incomplete or damaged"),
+        (changed("mask_rule", lambda rule: "any_pixel"), "incomplete or damaged"),
+        (changed("mask_rule", lambda rule: {"name": "parametric_noise"}), "needs an estimate of the noise"),
+        (changed("noise", lambda noise: dataclasses.asdict(NOISE)), "needs an estimate of the noise"),
+        (changed("noise", lambda noise: {"sigma": 1.0}), "incomplete or damaged"),
+        (changed("promise", lambda promise: promise | {"alpha": 7}), "alpha between 0 and 1"),
+        (changed("scores", lambda scores: ["x"]), "incomplete or damaged"),
+    ],
+    ids=[
+        *("order", "infinite", "no scores", "mask rule", "unknown setting", "no dict", "noise lacks", "noise too many"),
+        *("part of noise", "alpha", "text"),
+    ],
+)
+def test_damaged_card_is_refused_in_one_sentence(card, sentence):
+    with pytest.raises(BlemishError, match=sentence) as refusal:
+        Calibration.from_dict(card)
+    assert "\n" not in str(refusal.value)
+
+
+def test_mask_rule_on_the_card_counts_its_setting():
+    card = calibrated(mask_rule=MaskRule("region", region_area=7)).to_dict()
+    assert card["mask_rule"] == {"name": "region", "region_area": 7}
+    assert Calibration.from_dict(card).mask_rule.region_area == 7
 
 
 def test_card_with_a_promise_it_cannot_keep_is_refused():
@@ -438,11 +637,13 @@ def test_card_with_a_promise_it_cannot_keep_is_refused():
     "key",
     [
         "promise",
-        "image_scores",
-        "mask_scores",
-        "image_threshold",
-        "mask_threshold",
+        "scores",
+        "threshold",
+        "rank",
+        "units",
         "mask_rule",
+        "noise",
+        "made",
         "fingerprint",
         "images",
     ],
@@ -460,12 +661,14 @@ def test_card_with_an_unknown_promise_is_refused():
 
 
 def test_another_promise_from_the_same_scores_is_a_fresh_fit():
-    stricter = Promise(0.05, "marginal")
-    assert calibrated().with_promise(stricter) == calibrated(stricter)
+    for mask_rule in MASK_RULES:
+        for other in (Promise(0.05), Promise(0.3, "pac", 0.01), Promise(0.5)):
+            again = calibrated(mask_rule=mask_rule).with_promise(other)
+            assert again == calibrated(other, mask_rule) and again.to_dict() == calibrated(other, mask_rule).to_dict()
     with pytest.raises(CalibrationError, match="too few"):
         calibrated().with_promise(Promise(0.01))
 
 
 def test_calibration_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        calibrated().image = Threshold((0.0,), 1)
+        calibrated().scores = (0.0,)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from blemish.evaluation.curves import PixelCurves, RankCurve
 
@@ -86,6 +86,47 @@ def test_undefined_without_both_kinds(labels):
     curve = RankCurve.from_scores(list(range(len(labels))), labels)
     assert not curve.is_defined
     assert (curve.auroc(), curve.average_precision(), curve.best_f1()) == (None, None, None)
+
+
+# --- points for drawing -------------------------------------------------------------------------------------------
+
+
+def area(x, y):
+    return auc(x, y)
+
+
+def assert_is_a_curve(x, y):
+    assert (x[0], y[0]) == (0, 0) and x[-1] == pytest.approx(1) and y[-1] == pytest.approx(1)
+    assert min(np.diff(x)) >= 0 and min(np.diff(y)) >= 0
+    assert len(x) == len(y) <= 302
+
+
+@given(pairs=labelled_scores)
+@REPEATABLE
+def test_roc_points_against_sklearn_where_none_is_left_out(pairs):
+    scores, labels = np.array([s for s, _ in pairs], float), np.array([label for _, label in pairs])
+    points = RankCurve.from_scores(scores, labels).roc()
+    x, y = points["false_positive_rate"], points["true_positive_rate"]
+    assert_is_a_curve(x, y)
+    assert area(x, y) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    expected = {(round(a, 9), round(b, 9)) for a, b in zip(*roc_curve(labels, scores)[:2], strict=True)}
+    assert expected <= {(round(a, 9), round(b, 9)) for a, b in zip(x, y, strict=True)}
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 3.0, 8.0])
+@pytest.mark.parametrize("share", [0.5, 0.002])
+def test_thinned_roc_keeps_its_area(shift, share):
+    rng = np.random.default_rng(0)
+    labels = rng.random(20_000) < share
+    curve = RankCurve.from_scores(rng.standard_normal(20_000) + shift * labels, labels)
+    points = curve.roc()
+    assert_is_a_curve(points["false_positive_rate"], points["true_positive_rate"])
+    assert area(points["false_positive_rate"], points["true_positive_rate"]) == pytest.approx(curve.auroc(), abs=3e-3)
+
+
+def test_curves_that_are_undefined_are_none():
+    assert RankCurve.from_scores([1, 2], [True, True]).roc() is None
+    assert PixelCurves().curve().roc() is None and PixelCurves().pro() is None
 
 
 # --- pixels -------------------------------------------------------------------------------------------------------
@@ -193,6 +234,16 @@ def test_aupro_against_brute_force(seed, limit):
 def test_aupro_of_continuous_scores_against_brute_force(limit):
     pairs = random_maps(2, seed=5, size=(24, 24))
     assert collected(pairs).aupro(limit) == pytest.approx(brute_force_aupro(pairs, limit), abs=BIN / limit)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pro_points_keep_their_area(seed):
+    curves = collected(random_maps(3, seed))
+    points = curves.pro()
+    assert_is_a_curve(points["false_positive_rate"], points["overlap"])
+    assert area(points["false_positive_rate"], points["overlap"]) == pytest.approx(curves.aupro(1.0), abs=3e-3)
+    pixels = curves.curve().roc()
+    assert_is_a_curve(pixels["false_positive_rate"], pixels["true_positive_rate"])
 
 
 def test_aupro_weighs_regions_not_pixels():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import (
+    auc,
     average_precision_score,
     f1_score,
     jaccard_score,
@@ -43,7 +44,7 @@ SCRATCHES = [map_of(3, 0.875), map_of(4, 0.4375)]
 DENTS = [map_of(5, 0.625)]
 
 
-def evaluated():
+def collected():
     """Three normal images, two scratches with masks, a dent without."""
     evaluation = Evaluation()
     for score_map in NORMALS:
@@ -52,7 +53,11 @@ def evaluated():
         evaluation.add("scratch", predicted(score_map), defect(seed))
     for score_map in DENTS:
         evaluation.add("dent", predicted(score_map), None)
-    return evaluation.result()
+    return evaluation
+
+
+def evaluated():
+    return collected().result()
 
 
 # --- counts of decisions ------------------------------------------------------------------------------------------
@@ -220,6 +225,27 @@ def test_order_of_images_does_not_matter():
             evaluation.add(kind, predicted(score_map), truth)
         results.append(evaluation.result())
     assert results[0] == results[1]
+
+
+def test_curves_belong_to_the_figures():
+    curves, result = collected().curves(), evaluated()
+    assert list(curves["kinds"]) == list(result["kinds"])
+    for figures, drawn in (
+        (result["overall"], curves["overall"]),
+        (result["kinds"]["scratch"], curves["kinds"]["scratch"]),
+    ):
+        assert set(drawn) == {"image_roc", "pixel_roc", "pro"}
+        for name, figure in (("image_roc", "image_auroc"), ("pixel_roc", "pixel_auroc")):
+            area = auc(drawn[name]["false_positive_rate"], drawn[name]["true_positive_rate"])
+            assert area == pytest.approx(figures[figure], abs=1e-12)
+        assert set(drawn["pro"]) == {"false_positive_rate", "overlap"}
+    dent = curves["kinds"]["dent"]  # has no mask
+    assert dent["image_roc"] and dent["pixel_roc"] is None and dent["pro"] is None
+    assert json.loads(json.dumps(curves, allow_nan=False)) == curves
+
+
+def test_curves_of_nothing_are_none():
+    assert Evaluation().curves() == {"overall": {"image_roc": None, "pixel_roc": None, "pro": None}, "kinds": {}}
 
 
 def test_result_is_strict_json():

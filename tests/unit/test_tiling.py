@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from blemish.data.images import to_unit
 from blemish.errors import ConfigError
-from blemish.tiling import Tiling, apply_tiled, pad_to_tile
+from blemish.tiling import Tiling, apply_tiled, blend_tiles, pad_to_tile
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=80)
 OVERLAPS = [0.0, 0.25, 0.5, 0.9]
@@ -65,6 +65,22 @@ def test_images_do_not_mix(count):
 @REPEATABLE
 def test_any_size_comes_back_exactly(shape, tiling, dtype):
     assert_exact(random_pixels(shape, dtype), tiling)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3])), tiling=tilings
+)
+@REPEATABLE
+def test_x_plus_one_of_every_channel_comes_back_exactly(shape, tiling):
+    images = random_pixels(shape, np.float32)
+    result = blend_tiles(lambda tiles: tiles + np.float32(1), images, tiling)
+    np.testing.assert_array_equal(result, images + np.float32(1), strict=True)
+
+
+def test_a_function_may_give_other_channels_than_it_takes():
+    images = random_pixels((2, 33, 47, 3), np.float32)
+    result = blend_tiles(lambda tiles: np.concatenate([tiles[:, :1], 2 * tiles], axis=1), images, Tiling(16, 0.5, 3))
+    np.testing.assert_array_equal(result, np.concatenate([images[..., :1], 2 * images], axis=-1), strict=True)
 
 
 @pytest.mark.parametrize("value", [1e-30, 1 / 3, 0.1, 12345.678])

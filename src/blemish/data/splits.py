@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import random
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from blemish.data.records import SPLITS, Record, Split, of_split
 from blemish.errors import ConfigError, DataError
+from blemish.files import write_csv
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,45 @@ class Splits:
             split: hashlib.sha256("".join(sorted(item.digest for item in self.of(split))).encode()).hexdigest()
             for split in SPLITS
         }
+
+
+SPLITS_FILE = "splits.csv"
+_COLUMNS = ("path", "split", "kind", "unit", "sha256")
+
+
+def write_splits(path: Path, splits: Splits) -> None:
+    """A CSV row for each image: where it is, what it is for, and its content's SHA-256."""
+    rows = (
+        {
+            "path": str(item.record.path),
+            "split": item.record.split,
+            "kind": item.record.kind,
+            "unit": item.unit,
+            "sha256": item.digest,
+        }
+        for item in splits.records
+    )
+    write_csv(path, _COLUMNS, rows)
+
+
+def read_part(path: Path, split: Split, progress: bool = True) -> list[SplitRecord]:
+    """The images of one part, from what `write_splits` wrote.
+
+    Raises:
+        DataError: the file is missing, or an image is gone or has changed since.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}; give the images by data.root=DIR.") from error
+    digests = digest_files([Path(row["path"]) for row in rows], progress)
+    for row, digest in zip(rows, digests, strict=True):
+        if row["sha256"] != digest:
+            raise DataError(f"{row['path']} has changed since {path} was written: give the images by data.root=DIR.")
+    return [
+        SplitRecord(Record(Path(row["path"]), row["kind"], split=split), row["sha256"], row["unit"]) for row in rows
+    ]
 
 
 def digest_files(paths: Sequence[Path], progress: bool = True) -> list[str]:

@@ -47,6 +47,13 @@ class RankCurve:
         above = np.cumsum(self.positives) - self.positives / 2
         return float((self.negatives * above).sum() / (self.positives.sum() * self.negatives.sum()))
 
+    def roc(self) -> dict[str, list[float]] | None:
+        """Points of the ROC curve from (0, 0) to (1, 1); None if undefined."""
+        if not self.is_defined:
+            return None
+        false_positive_rate, true_positive_rate = thin(_cumulative(self.negatives), _cumulative(self.positives))
+        return {"false_positive_rate": false_positive_rate, "true_positive_rate": true_positive_rate}
+
     def average_precision(self) -> float | None:
         """Sum of precision over the steps of recall; None if undefined."""
         if not self.is_defined:
@@ -60,6 +67,23 @@ class RankCurve:
             return None
         hits, alarms = np.cumsum(self.positives), np.cumsum(self.negatives)
         return float((2 * hits / (hits + alarms + hits[-1])).max())
+
+
+def thin(x: Counts, y: Counts, most: int = 300) -> tuple[list[float], list[float]]:
+    """At most about `most` points of a curve, evenly spread along its length, first and last included."""
+    along = np.cumsum(np.abs(np.diff(x, prepend=x[0])) + np.abs(np.diff(y, prepend=y[0])))
+    moved = np.diff(along, prepend=-1) > 0  # empty bins are no points of their own
+    x, y, along = x[moved], y[moved], along[moved]
+    if len(x) <= most:
+        return x.tolist(), y.tolist()
+    places = np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)).clip(max=len(x) - 1))
+    kept = np.unique(np.concatenate([[0], places, [len(x) - 1]]))
+    return x[kept].tolist(), y[kept].tolist()
+
+
+def _cumulative(counts: Counts) -> Counts:
+    """The share reached after each count, from 0 to 1."""
+    return np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
 
 
 class _Histogram:
@@ -128,18 +152,32 @@ class PixelCurves:
         start, end = self._span()
         return RankCurve(self._positives.over(start, end)[::-1], self._negatives.over(start, end)[::-1])
 
+    def pro(self) -> dict[str, list[float]] | None:
+        """Points of the per-region overlap curve over the false-positive rate; None if undefined (see `aupro`)."""
+        curve = self._pro()
+        if curve is None:
+            return None
+        rate, overlap = thin(*curve)
+        return {"false_positive_rate": rate, "overlap": overlap}
+
+    def _pro(self) -> tuple[Counts, Counts] | None:
+        start, end = self._span()
+        negatives = self._negatives.over(start, end)[::-1]
+        if not self._region_count or not negatives.sum():
+            return None
+        overlap = np.concatenate([[0.0], np.cumsum(self._regions.over(start, end)[::-1]) / self._region_count])
+        return _cumulative(negatives), overlap
+
     def aupro(self, limit: float) -> float | None:
         """Area under the per-region overlap curve up to the false-positive rate `limit`, divided by `limit`.
 
         Source: Bergmann et al., MVTec AD, IJCV 2021. Regions are connected over 8 neighbours; every defect-free
         pixel counts. None if there is no region or no defect-free pixel.
         """
-        start, end = self._span()
-        negatives = self._negatives.over(start, end)[::-1]
-        if not self._region_count or not negatives.sum():
+        curve = self._pro()
+        if curve is None:
             return None
-        overlap = np.concatenate([[0.0], np.cumsum(self._regions.over(start, end)[::-1]) / self._region_count])
-        rate = np.concatenate([[0.0], np.cumsum(negatives) / negatives.sum()])
+        rate, overlap = curve
         kept = rate <= limit
         rates, overlaps = rate[kept], overlap[kept]
         if rates[-1] < limit:

@@ -109,18 +109,35 @@ class Evaluation:
         }
         return figures
 
-    def _figures(self, kinds: list[str]) -> dict[str, Any]:
+    def curves(self) -> dict[str, Any]:
+        """ROC and PRO curves overall and per defect kind, thinned for drawing; one that is undefined is None."""
+        defects = sorted(kind for kind in self._kinds if kind != NORMAL)
+        return {"overall": self._curves(defects), "kinds": {kind: self._curves([kind]) for kind in defects}}
+
+    def _curves(self, kinds: list[str]) -> dict[str, Any]:
+        images, pixels, _ = self._joined(kinds)
+        return {"image_roc": images.roc(), "pixel_roc": pixels.curve().roc(), "pro": pixels.pro()}
+
+    def _joined(self, kinds: list[str]) -> tuple[RankCurve, PixelCurves, Confusion]:
+        """Images, pixels and pixel decisions of some defect kinds against the normal images."""
         normals = self._kinds.get(NORMAL, _Kind())
         chosen = [self._kinds[kind] for kind in kinds]
         scores = [score for entry in chosen for score in entry.scores]
         images = RankCurve.from_scores(normals.scores + scores, [False] * len(normals.scores) + [True] * len(scores))
+        pixels, decisions = PixelCurves(), Confusion()
+        for entry in [*chosen, normals] if any(entry.masks for entry in chosen) else []:
+            pixels.merge(entry.pixels)
+            decisions = decisions + entry.pixel_decisions
+        return images, pixels, decisions
+
+    def _figures(self, kinds: list[str]) -> dict[str, Any]:
+        normals = self._kinds.get(NORMAL, _Kind())
+        chosen = [self._kinds[kind] for kind in kinds]
+        images, pixels, pixel_decisions = self._joined(kinds)
+        scores = [score for entry in chosen for score in entry.scores]
         flagged = sum(entry.flagged for entry in chosen)
         decisions = Confusion(flagged, normals.flagged, len(scores) - flagged, len(normals.scores) - normals.flagged)
         masks = sum(entry.masks for entry in chosen)
-        pixels, pixel_decisions = PixelCurves(), Confusion()
-        for entry in [*chosen, normals] if masks else []:
-            pixels.merge(entry.pixels)
-            pixel_decisions = pixel_decisions + entry.pixel_decisions
         curve = pixels.curve()
         return {
             "images": len(scores),

@@ -16,22 +16,23 @@ from torch import nn
 
 from blemish import __version__, pipeline
 from blemish.build import build, build_section
-from blemish.calibration import Calibration, Promise, check_mask_rule
+from blemish.calibration import Calibration, read_settings
 from blemish.checkpoint import assemble, build_model, pick_device, save_detector
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
 from blemish.data.images import probe
 from blemish.data.records import SPLITS, Record, Split
-from blemish.data.splits import Splits, split_records
+from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
-from blemish.files import write_csv, write_json, write_text
+from blemish.files import write_json, write_text
+from blemish.normalisation import NormalisationSettings
 from blemish.preprocess import Preprocess
 from blemish.scores import Score
 from blemish.tiling import Tiling
 from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
-CONFIG_FILE, RUN_FILE, SPLITS_FILE = "config.yaml", "run.json", "splits.csv"
+CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,7 @@ def start(run: Path, settings: dict[str, Any], records: Sequence[Record], overri
     splits = _split(records, settings)
     parts = _Parts.build(settings, splits)
     write_text(run / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
-    rows = (
-        {
-            "path": str(item.record.path),
-            "split": item.record.split,
-            "kind": item.record.kind,
-            "unit": item.unit,
-            "sha256": item.digest,
-        }
-        for item in splits.records
-    )
-    write_csv(run / SPLITS_FILE, ("path", "split", "kind", "unit", "sha256"), rows)
+    write_splits(run / SPLITS_FILE, splits)
     about = {
         "software": "blemish",
         "version": __version__,
@@ -113,6 +104,7 @@ class _Parts:
     score: Score
     corruption: Corruption
     training: TrainingSettings
+    normalisation: NormalisationSettings
     tiles: TrainingTiles
     validation: ValidationTiles
 
@@ -120,6 +112,9 @@ class _Parts:
     def build(cls, settings: Mapping[str, Any], splits: Splits) -> _Parts:
         training: TrainingSettings = build_section(TrainingSettings, settings, "training")
         check_trainer(settings["trainer"])
+        normalisation: NormalisationSettings = build_section(NormalisationSettings, settings, "normalisation")
+        if normalisation.kind != "none":
+            _check_equal_sizes(splits)
         torch.manual_seed(settings["seed"])
         for section, name in ((Preprocess, "image"), (Tiling, "tiling")):
             build_section(section, settings, name)  # before the model is tried on a tile
@@ -138,26 +133,35 @@ class _Parts:
         cached("calibration", 0)  # only to find unreadable ones now, and not after the training
         tiles = TrainingTiles(images, detector.tiling.size, settings["seed"], augment)
         validation = ValidationTiles(held_out, detector.tiling)
-        return cls(model, objective, score, corruption, training, tiles, validation)
+        return cls(model, objective, score, corruption, training, normalisation, tiles, validation)
 
 
 def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
     """Split, and refuse before training what calibration would refuse after it."""
     if settings["seed"] < 0:
         raise ConfigError(f"Expected seed >= 0, found {settings['seed']}.")
-    check_mask_rule(settings["calibration"]["mask_rule"])
-    promise = _promise(settings)
+    pipeline.check_gallery(settings["report"]["images"])
+    promise, rule = read_settings(settings["calibration"])
     splits = split_records(records, settings["seed"], **settings["split"], needed=promise.needed)
-    promise.rank(len({item.unit for item in splits.of("calibration")}))
+    pipeline.check_enough(splits.of("calibration"), promise, rule)
     if splits.dropped:
         print(f"left out: {splits.dropped} training images whose content or group is also in the test part")
     return splits
 
 
-def _promise(settings: Mapping[str, Any]) -> Promise:
-    fields = {key: value for key, value in settings["calibration"].items() if key != "mask_rule"}
-    promise: Promise = build_section(Promise, {"calibration": fields}, "calibration")
-    return promise
+def _check_equal_sizes(splits: Splits) -> None:
+    """Raise DataError, before training, if score maps cannot be compared pixel by pixel."""
+    first: tuple[Path, int, int] | None = None
+    for item in splits.records:
+        if item.record.split != "test":
+            info = probe(item.record.path)
+            first = first or (item.record.path, info.width, info.height)
+            if (info.width, info.height) != first[1:]:
+                raise DataError(
+                    f"Spatial normalisation expects aligned images of equal size, found {first[0]} with {first[1]} x "
+                    f"{first[2]} and {item.record.path} with {info.width} x {info.height} pixels: set "
+                    "normalisation.kind=none."
+                )
 
 
 def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts, about: dict[str, Any]) -> Finished:
@@ -188,14 +192,16 @@ def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts
     }
     device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
     detector = assemble(settings, model, about=about, device=device)
-    calibration = pipeline.calibrate(
-        detector, splits.of("calibration"), _promise(settings), settings["calibration"]["mask_rule"]
-    )
+    if parts.normalisation.kind != "none":
+        source = [item.record.path for item in splits.of(parts.normalisation.source)]
+        normalisation = pipeline.fit_normalisation(detector, source, parts.normalisation)
+        detector = assemble(settings, model, normalisation, about=about, device=device)
+    calibration = pipeline.calibrate(detector, splits.of("calibration"), *read_settings(settings["calibration"]))
     about["status"] = "done"
-    save_detector(run, settings, model, calibration, about | trained)
+    save_detector(run, settings, detector, calibration, about | trained)
     metrics = None
     if test := [item.record for item in splits.of("test")]:
-        metrics = pipeline.evaluate(detector.calibrated(calibration), test, run)
+        metrics = pipeline.evaluate(detector.calibrated(calibration), test, run, gallery=settings["report"]["images"])
     write_json(run / RUN_FILE, about)
     return Finished(calibration, metrics)
 

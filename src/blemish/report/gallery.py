@@ -1,0 +1,105 @@
+"""Thumbnails for the report: observed, expected, heat map, mask and truth of chosen images, in one zip file."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from blemish.data.images import FloatArray, Pixels, read_mask
+from blemish.detector import Detector
+from blemish.files import atomic
+from blemish.pictures import Picture, as_rgb, colour
+from blemish.postprocess import Mask
+from blemish.scoring import score_files
+
+GALLERY_FILE = "gallery.zip"
+SIDE = 160  # of a thumbnail, in pixels
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image of the gallery, and the mask of its true defects where there is one."""
+
+    path: Path
+    truth: Path | None = None
+
+
+def write_gallery(out: Path, detector: Detector, images: Sequence[Shown], progress: bool = True) -> None:
+    """Score each image and write its thumbnails; `index.json` in the zip names them, in the order given.
+
+    An image that has become unreadable is left out.
+    """
+    index = []
+    files = score_files(detector, [shown.path for shown in images], explain=True)
+    bar = tqdm(files, "picturing", len(images), unit="image", disable=not progress, leave=False)
+    with atomic(out) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for number, (shown, scored) in enumerate(zip(images, bar, strict=True)):
+            if scored.pixels is None or scored.score_map is None:
+                continue
+            size = scored.score_map.shape
+            pictures = _thumbnails(detector, scored.pixels, scored.score_map, scored.expected)
+            if shown.truth is not None:
+                pictures["truth"] = _png(_shrink_to_largest(read_mask(shown.truth, size).astype(np.uint8)) > 0)
+            names = {}
+            for name, content in pictures.items():
+                suffix = "png" if name in ("mask", "truth") else "webp"
+                names[name] = f"{number}/{name}.{suffix}"
+                archive.writestr(names[name], content)
+            index.append({"path": str(shown.path), "width": size[1], "height": size[0], "pictures": names})
+        archive.writestr("index.json", json.dumps({"threshold": detector.card.threshold, "images": index}))
+
+
+def _thumbnails(
+    detector: Detector, pixels: Pixels, score_map: FloatArray, expected: FloatArray | None
+) -> dict[str, bytes]:
+    """The encoded pictures of one image."""
+    pictures = {"observed": _webp(_shrink(as_rgb(pixels)))}
+    if expected is not None:
+        picture = as_rgb((expected.clip(0, 1) * 255).round().astype(np.uint8))
+        pictures["expected"] = _webp(_shrink(picture, score_map.shape))
+    pictures["heat"] = _webp(colour(_shrink_to_largest(score_map), detector.card.threshold))
+    mask = detector.decide(score_map).mask
+    return pictures | {"mask": _png(_shrink_to_largest(mask.astype(np.uint8)) > 0)}
+
+
+def _fitting(size: Sequence[int]) -> tuple[int, int]:
+    """(width, height) of the thumbnail of an image of size (H, W); small images keep their size."""
+    factor = min(1.0, SIDE / max(size))
+    return max(1, round(size[1] * factor)), max(1, round(size[0] * factor))
+
+
+def _shrink(picture: Picture, size: Sequence[int] | None = None) -> Picture:
+    """To the thumbnail of an image of `size` (H, W), which is the picture's own if None."""
+    fitting = _fitting(size or picture.shape[:2])
+    return np.asarray(cv2.resize(picture, fitting, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _shrink_to_largest(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(H, W) -> the largest value under each pixel of the thumbnail, so that a defect of one pixel stays visible."""
+    width, height = _fitting(values.shape)
+    rows, columns = (
+        np.arange(new) * old // new for new, old in zip((height, width), values.shape, strict=True)
+    )  # where each thumbnail pixel begins
+    return np.maximum.reduceat(np.maximum.reduceat(values, rows, axis=0), columns, axis=1)
+
+
+def _webp(picture: Picture) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "WEBP", quality=80, method=2)
+    return buffer.getvalue()
+
+
+def _png(mask: Mask) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,239 @@
+"""From a results folder to `report.html`: everything is computed here, the page only shows and sorts it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from blemish.calibration import Calibration, count_units
+from blemish.data.records import NORMAL
+from blemish.errors import CalibrationError
+from blemish.evaluation.metrics import clopper_pearson
+from blemish.files import write_text
+from blemish.report.folder import Row, links, read_card, read_gallery, read_json, read_rows
+
+_HERE = Path(__file__).parent
+_LARGEST_PAGE = 30_000_000  # bytes
+_LARGEST_GALLERY = 22_000_000  # bytes of base64
+_REST_OF_PAGE = 500_000  # more than template, style, script and curves take
+_PARTS = {"style": "style.css", "script": "script.js"}
+_NBSP = "\N{NO-BREAK SPACE}"
+_BINS = 40
+_WIDE = 30.0  # largest / smallest score from which the axis is logarithmic
+_ROUND_ALPHAS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+_COLUMNS = {
+    "images": "images",
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "pixel_auroc": "pixel AUROC",
+    "aupro_0.3": "AUPRO@0.3",
+}
+_CALIBRATED_COLUMNS = {"image_precision": "precision", "image_recall": "recall", "image_f1": "F1", "pixel_dice": "Dice"}
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a results folder, and return its path.
+
+    Raises:
+        DataError: the card is missing, or a file is damaged.
+    """
+    card = read_card(folder)
+    table, images, errors = read_rows(folder)
+    metrics, curves = read_json(folder / "metrics.json"), read_json(folder / "curves.json")
+    addresses = {image.path: links(folder, image) for image in images}
+    rest = len(get_plotlyjs()) + len(_json(list(addresses.items()))) + 100 * len(images) + _REST_OF_PAGE
+    gallery = read_gallery(folder / "gallery.zip", min(_LARGEST_GALLERY, _LARGEST_PAGE - rest))
+    place = {path: number for number, path in enumerate(gallery.order)}
+    images = sorted(images, key=lambda image: place.get(image.path, len(place)))
+
+    kinds = sorted({image.kind for image in images if image.kind is not None}, key=lambda kind: (kind != NORMAL, kind))
+    steps = _steps(card, [image.score for image in images if image.kind == NORMAL])
+    facts = {
+        "steps": steps,
+        "own": next(place for place, step in enumerate(steps) if step["alpha"] == card.promise.alpha),
+        "kinds": kinds,
+        "good": NORMAL,
+        "histogram": _histogram(card, images, steps),
+        "curves": dict(_curves(curves)),
+    }
+    rows = [
+        (i.path, kinds.index(i.kind) if i.kind else None, i.score, i.p_value, i.q_value, *addresses[i.path])
+        for i in images
+    ]
+    page = _template().render(
+        name=folder.absolute().name,
+        table=table,
+        card=card,
+        units=count_units(card.n, card.images),
+        in_plain_words=_in_plain_words(card),
+        tiles=_tiles(card, images, metrics),
+        warnings=_warnings(card, images, gallery.threshold),
+        figures=_figures(metrics),
+        errors=errors,
+        image_count=len(images),
+        drawn_at=card.threshold if gallery.threshold is None else gallery.threshold,
+        made=_made(card, metrics.get("made") or read_json(folder / "predict.json")),
+        unpromised=sum(not step["promised"] for step in steps),
+        **{key: facts[key] for key in ("steps", "own", "kinds", "curves")},
+        data={
+            "facts": _json(facts),
+            "rows": _json(rows),
+            "pictures": _json(
+                {n: gallery.pictures[i.path] for n, i in enumerate(images) if i.path in gallery.pictures}
+            ),
+        },
+        plotly=Markup(get_plotlyjs()),
+        **{name: Markup((_HERE / file).read_text("utf-8")) for name, file in _PARTS.items()},
+    )
+    path = folder / "report.html"
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # file names may not be valid Unicode
+    return path
+
+
+def _template() -> Template:
+    return Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    ).get_template("page.html")
+
+
+def _json(data: Any) -> Markup:
+    """JSON for a script element: no "<", so that no text can end it."""
+    return Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+
+
+def _steps(card: Calibration, normals: Sequence[float]) -> list[dict[str, Any]]:
+    """What holds at each position of the slider: alpha, threshold, promise in words, false alarms among `normals`."""
+    between = (float(f"{alpha:.2g}") for alpha in np.geomspace(_ROUND_ALPHAS[0], _ROUND_ALPHAS[-1], 54))
+    scores = np.asarray(normals)
+    steps = []
+    for alpha in sorted({*between, *_ROUND_ALPHAS, card.promise.alpha}):
+        promise = replace(card.promise, alpha=alpha)
+        try:
+            moved = card.with_promise(promise)
+        except CalibrationError:
+            threshold, promised = card.scores[-1], False
+            words = (
+                f"No promise at alpha = {alpha:g}: {promise.needed} needed, {card.n} available. The decisions shown "
+                "are those at the largest calibration score."
+            )
+        else:
+            threshold, promised, words = moved.threshold, moved.noise is None, _in_plain_words(moved)
+        steps.append(
+            {
+                "alpha": alpha,
+                "threshold": threshold,
+                "promised": promised,
+                "words": words,
+                "normals": _of_normals(int((scores > threshold).sum()), len(scores)) if normals else "",
+            }
+        )
+    return steps
+
+
+def _in_plain_words(card: Calibration) -> str:
+    if card.noise is not None:
+        return f"An assumption, not a promise: {card.in_words().partition(': ')[2]}."
+    expected = 1000 * (card.n + 1 - card.promise.rank(card.n)) / (card.n + 1)
+    most = math.ceil(1000 * card.promise.rate_limit(card.n))
+    about = f"{expected:.{0 if expected >= 10 else 1}f}"
+    return f"Of 1000 good parts expect about {about} false alarms; with 95{_NBSP}% confidence no more than {most}."
+
+
+def _of_normals(alarms: int, count: int) -> str:
+    low, high = clopper_pearson(alarms, count)
+    return f"{alarms / count:.1%} of {count} good images (95{_NBSP}% interval {low:.1%} to {high:.1%})"
+
+
+def _tiles(card: Calibration, images: Sequence[Row], metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(label, value, note) of each figure in the summary, the most important first."""
+    normals = [image.flagged for image in images if image.kind == NORMAL]
+    defects = [image.flagged for image in images if image.kind not in (None, NORMAL)]
+    if defects:
+        yield "Missed defects", f"{defects.count(False)} of {len(defects)}", f"{np.mean(defects):.1%} of defects found"
+    if normals:
+        yield "False alarms", f"{sum(normals)} of {len(normals)}", _of_normals(sum(normals), len(normals))
+    if not images:
+        yield "Calibration images", str(card.images), "no other images yet: run blemish evaluate or blemish predict"
+    elif not (normals or defects):
+        flagged = sum(image.flagged for image in images)
+        yield "Images", str(len(images)), "predicted"
+        yield "Flagged", str(flagged), f"{flagged / max(len(images), 1):.1%} of the images are anomalous"
+        yield "Passed", str(len(images) - flagged), "nothing beyond what good parts show"
+    overall = metrics.get("overall", {})
+    for figures, key, label, note in (
+        (overall, "image_auroc", "Image AUROC", "over all thresholds; 0.5 is chance"),
+        (overall, "aupro_0.3", "AUPRO@0.3", "overlap with defect regions; 1 is perfect"),
+        (overall.get("calibrated", {}), "image_f1", "F1", "at the calibrated threshold"),
+    ):
+        if figures.get(key) is not None:
+            yield label, f"{figures[key]:.3f}", note
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """The table of metrics: a row of headers, overall, and each kind of defect."""
+    if not metrics.get("overall"):
+        return []
+    rows = [["kind", *_COLUMNS.values(), *_CALIBRATED_COLUMNS.values()]]
+    for name, figures in (("all defects", metrics["overall"]), *metrics.get("kinds", {}).items()):
+        decided = figures.get("calibrated", {})
+        cells = [*(figures.get(key) for key in _COLUMNS), *(decided.get(key) for key in _CALIBRATED_COLUMNS)]
+        rows.append([name, *("-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells)])
+    return rows
+
+
+def _warnings(card: Calibration, images: Sequence[Row], drawn_at: float | None) -> Iterator[str]:
+    if card.noise is not None:
+        yield "The threshold assumes Gaussian noise. It is not calibrated: no false-alarm rate is promised."
+        yield from (f"{warning[0].upper()}{warning[1:]}." for warning in card.noise.warnings())
+    changed = sum(image.flagged != (image.score > card.threshold) for image in images)
+    if changed:
+        yield (
+            f"{changed} of {len(images)} decisions in the table are not those of this card: it was recalibrated since. "
+            "Run `blemish evaluate` or `blemish predict` again."
+        )
+    if drawn_at is not None and drawn_at != card.threshold:
+        yield "The pictures were drawn at another threshold than the card's: it was recalibrated since."
+
+
+def _histogram(card: Calibration, images: Sequence[Row], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Shares (percent) and counts of each group of scores, over common bins."""
+    groups = {
+        "calibration, good": card.scores,
+        "test, good": [image.score for image in images if image.kind == NORMAL],
+        "test, defective": [image.score for image in images if image.kind not in (None, NORMAL)],
+        "predicted": [image.score for image in images if image.kind is None],
+    }
+    every = [score for scores in groups.values() for score in scores] + [step["threshold"] for step in steps]
+    low, high = min(every), max(every)
+    logarithmic = low > 0 and high / low > _WIDE
+    edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.histogram_bin_edges([low, high], _BINS)
+    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)  # geomspace may end a hair inside
+    counts = {name: np.histogram(scores, edges)[0] for name, scores in groups.items() if len(scores)}
+    return {
+        "logarithmic": logarithmic,
+        "edges": edges.tolist(),
+        "groups": [
+            {"name": name, "counts": count.tolist(), "shares": (100 * count / count.sum()).tolist()}
+            for name, count in counts.items()
+        ],
+    }
+
+
+def _curves(curves: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if any((overall := curves.get("overall") or {}).values()):
+        yield "all defects", overall
+        yield from curves.get("kinds", {}).items()
+
+
+def _made(card: Calibration, run: Mapping[str, Any]) -> dict[str, str]:
+    made = {**card.made, **run, "fingerprint": card.fingerprint}
+    return {key.replace("_", " "): str(value) for key, value in made.items() if isinstance(value, (str, int, float))}
