@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -188,6 +189,13 @@ def _predict(config: Any, overrides: list[str]) -> int:
     print(f"{summary.images} images{resumed}: {summary.anomalous} anomalous, {len(summary.errors)} unusable")
     if summary.discoveries is not None:
         print(f"at a false discovery rate of {config.fdr:g}: {summary.discoveries} anomalous (column fdr_decision)")
+        # The smallest p-value is 1 / (n + 1); Benjamini and Hochberg call k of m images if p <= fdr k / m.
+        least = math.ceil((summary.images - len(summary.errors)) / ((detector.card.n + 1) * config.fdr))
+        if summary.discoveries < least > 1:
+            print(
+                f"(with {detector.card.n} calibration scores, no fewer than {least} of {summary.images} images can be "
+                "called anomalous at this rate: add calibration images, or predict fewer at once)"
+            )
     for sentence in summary.errors:
         print(f"blemish: {sentence}", file=sys.stderr)
     _write_report(out)

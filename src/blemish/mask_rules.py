@@ -82,7 +82,7 @@ class MaskRule:
     def in_words(self) -> str:
         """What counts as a false alarm, to follow "with ..."."""
         if self.name == "area_fraction":
-            return f"more than {self.tau:.4%} of the image flagged"
+            return f"more than {100 * self.tau:g} % of the image flagged"
         if self.name == "region":
             return f"a flagged region of {self.region_area} or more pixels"
         return "any pixel flagged"

@@ -21,7 +21,7 @@ REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 UNLIKELY = 1e-6
 hundredths = st.integers(1, 99).map(lambda percent: percent / 100)
 tied_scores = st.lists(st.integers(0, 8), min_size=1, max_size=40)
-WORDS = ["any pixel flagged", "more than 30.0000% of the image flagged", "a flagged region of 7 or more pixels"]
+WORDS = ["any pixel flagged", "more than 30 % of the image flagged", "a flagged region of 7 or more pixels"]
 
 
 def fit(scores, promise, units=None):
