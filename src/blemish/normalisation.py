@@ -23,8 +23,6 @@ from blemish.errors import ConfigError, ImageError
 KINDS = ("none", "robust", "mean_std")
 SOURCES = ("validation", "train")
 _MAD_TO_STD = 1.4826  # for normally distributed values
-# Of the median scale: a pixel that hardly varied in the few images seen must not dominate all maps.
-_SMALLEST_SCALE = 0.1
 _BLOCK = 2**22  # values sorted at once
 
 
@@ -60,7 +58,11 @@ class NormalisationSettings:
 
 @dataclass(frozen=True, eq=False)
 class SpatialNormalisation:
-    """(map - location) / scale, at least 0, for maps of one size; `location`, `scale` (H, W) float32, scale > 0."""
+    """(map - location) / scale, at least 0, for maps of one size; `location`, `scale` (H, W) float32, scale > 0.
+
+    `scale` is the spread at a pixel plus the median spread of all: otherwise, the largest of many quotients is that of
+    a pixel which hardly varied in the few images seen (Tusher et al., PNAS 2001, add a constant for that reason).
+    """
 
     location: FloatArray
     scale: FloatArray
@@ -109,8 +111,8 @@ class SpatialNormalisation:
                 block = slice(first, first + step)
                 location[block], scale[block] = _statistics(np.array(maps[:, block]), kind)
             del maps
-        smallest = _SMALLEST_SCALE * float(np.median(scale))
-        scale = np.maximum(scale, smallest if smallest > 0 else max(float(scale.max()), 1.0))
+        scale += np.median(scale)
+        scale[scale <= 0] = max(float(scale.max()), 1.0)  # nothing varied there, nor at most other pixels
         return cls(location.reshape(shape), scale.reshape(shape))
 
 
