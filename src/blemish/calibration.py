@@ -23,6 +23,7 @@ from blemish.mask_rules import MaskRule
 from blemish.noise import Noise
 
 RULES = ("marginal", "pac")
+_SMALLEST = 1e-9  # of alpha and delta: no one has a thousand million calibration images
 _EXACT = ("units", "rank", "threshold")
 
 
@@ -48,6 +49,8 @@ class Promise:
         for name, value in (("alpha", self.alpha), ("delta", self.delta)):
             if not (isinstance(value, (int, float)) and 0 < value < 1):
                 raise ConfigError(f"Expected calibration.{name} between 0 and 1, found {value}.")
+            if value < _SMALLEST:
+                raise ConfigError(f"Expected calibration.{name} of {_SMALLEST:g} or more, found {value}.")
         if self.rule not in RULES:
             raise ConfigError(f"Expected calibration.rule to be one of {', '.join(RULES)}, found '{self.rule}'.")
 

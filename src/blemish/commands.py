@@ -133,6 +133,12 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
         before = {**card["promise"], "mask_rule": rule.pop("name"), **rule}
     wanted = {key: value for key, value in _plain(config.calibration).items() if value is not None}
     promise, mask_rule = read_settings(before | wanted)
+    for setting, rule_name in (("tau", "area_fraction"), ("region_area", "region")):
+        if setting in wanted and mask_rule.name != rule_name:
+            raise ConfigError(
+                f"calibration.{setting} is for the mask rule {rule_name}, the run has {mask_rule.name}: leave it out, "
+                f"or add calibration.mask_rule={rule_name}."
+            )
     own = OmegaConf.is_missing(config.data, "root")
     # Scores of another mask rule come from the images; another alpha or rank needs the scores only.
     rescore = not own or not card or mask_rule.to_dict() != card["mask_rule"]
@@ -142,6 +148,11 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     else:
         if own:
             records = read_part(run / SPLITS_FILE, "calibration")
+            if card and card["made"]["calibrated_on"] != pipeline.digests_of(records):
+                raise ConfigError(
+                    f"{run} was calibrated on other images than those set aside in its training: another mask rule "
+                    "needs these images again; give them by data.root=DIR."
+                )
         else:
             about = content["about"]
             records = pipeline.normals_to_calibrate(
@@ -190,11 +201,13 @@ def _predict(config: Any, overrides: list[str]) -> int:
     if summary.discoveries is not None:
         print(f"at a false discovery rate of {config.fdr:g}: {summary.discoveries} anomalous (column fdr_decision)")
         # The smallest p-value is 1 / (n + 1); Benjamini and Hochberg call k of m images if p <= fdr k / m.
-        least = math.ceil((summary.images - len(summary.errors)) / ((detector.card.n + 1) * config.fdr))
+        usable = summary.images - len(summary.errors)
+        least = math.ceil(usable / ((detector.card.n + 1) * config.fdr))
         if summary.discoveries < least > 1:
+            can = "none can" if least > usable else f"no fewer than {least} can"
             print(
-                f"(with {detector.card.n} calibration scores, no fewer than {least} of {summary.images} images can be "
-                "called anomalous at this rate: add calibration images, or predict fewer at once)"
+                f"(with {detector.card.n} calibration scores, {can} be called anomalous among {usable} images at this "
+                "rate: add calibration images, or predict fewer at once)"
             )
     for sentence in summary.errors:
         print(f"blemish: {sentence}", file=sys.stderr)
@@ -231,8 +244,8 @@ def _monitor(config: Any, overrides: list[str]) -> int:
     state = Path(config.state) if config.state is not None else run / "monitor.jsonl"
     detector = load_detector(run, config.device, config.trusted)
     drift, errors = pipeline.monitor(detector, inputs, state, config.level, config.seed, config.by_folder, config.order)
-    repeats = f" ({drift.repeats} of them seen before)" if drift.repeats else ""
-    print(f"{drift.batch} images{repeats}, {drift.images} in the journal {state}")
+    unit = "folders" if config.by_folder else "images"
+    print(f"{drift.batch} different {unit}, {drift.new} of them new; {drift.images} in the journal {state}")
     print(drift.in_words())
     for sentence in errors:
         print(f"blemish: {sentence}", file=sys.stderr)

@@ -26,7 +26,8 @@ class Prediction:
     score_map: (H, W) float32 at the image's own size, >= 0, higher is worse. mask: (H, W) bool.
     image_score: the smallest threshold at which the mask keeps the calibrated mask rule; for "any_pixel" the map's
     maximum. p_value: the chance of so high a score on a normal image, in (0, 1]. is_anomalous: image_score is above the
-    calibrated threshold, so that the mask breaks the rule. regions: of the mask, worst first.
+    calibrated threshold, so that the mask breaks the rule (before `cleaning`, which may still empty it). regions: of
+    the mask, worst first.
     """
 
     score_map: FloatArray

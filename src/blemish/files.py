@@ -70,7 +70,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import cv2
@@ -64,7 +65,7 @@ class MaskRule:
             pixels: of the whole image, if the map is a part of it with nothing flagged elsewhere.
         """
         if self.name == "area_fraction":
-            return _exceeded_by(score_map, math.floor(self.tau * (pixels or score_map.size)))
+            return _exceeded_by(score_map, math.floor(Fraction(repr(float(self.tau))) * (pixels or score_map.size)))
         if self.name == "region":
             return _largest_level_with_region(score_map, self.region_area)
         return float(score_map.max())

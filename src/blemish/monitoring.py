@@ -57,6 +57,7 @@ class Monitor:
         self._threshold, self._alpha, self._level = threshold, alpha, level
         self._martingale = Martingale(calibration_scores, seed)
         self._scores: dict[str, float] = {}  # by SHA-256
+        self._paths: set[str] = set()
         self._batch: dict[str, float] = {}
         self._new = self._repeats = 0
         self._log = self._log_max = 0.0
@@ -73,13 +74,15 @@ class Monitor:
         alpha: float,
         seed: int = 0,
         level: float = 0.01,
+        unit: str = "image",
     ) -> Monitor:
         """Open the journal `state`, or begin it; a line torn by a kill is cut off.
 
         Args:
             calibration_scores, fingerprint, mask_rule: of the calibration; a journal of another one is refused.
             threshold, alpha: for the count of false alarms; they may change from one input to the next.
-            seed: breaks ties, >= 0. level: see `Drift`, in (0, 1). Both stay the same for a journal.
+            seed: breaks ties, >= 0. level: see `Drift`, in (0, 1). unit: what a score is of. All three stay the same
+                for a journal.
 
         Raises:
             ConfigError: seed or level is out of range, or not what the journal was begun with.
@@ -104,6 +107,7 @@ class Monitor:
             "calibration": _digest(scores, mask_rule),
             "seed": seed,
             "level": level,
+            "unit": unit,
         }
         try:
             monitor._lock()
@@ -125,6 +129,10 @@ class Monitor:
     def close(self) -> None:
         """Release the journal; `result` goes on answering."""
         self._file.close()
+
+    def knows(self, path: str | Path) -> bool:
+        """Whether an image (a unit) of this path is in the journal, whatever it held."""
+        return str(path) in self._paths
 
     def seen(self, sha256: str) -> bool:
         """Whether the image (the unit) is in the journal: a repeat is not exchangeable with anything."""
@@ -174,6 +182,7 @@ class Monitor:
         if self._crossed_at is None and self._log >= math.log(2 / self._level):
             self._crossed_at = path
         self._scores[sha256] = score
+        self._paths.add(path)
         n = len(self._calibration)
         at_least = n - int(self._calibration.searchsorted(score, "left"))
         return {
@@ -232,6 +241,11 @@ class Monitor:
             raise self._damaged(1)
         if any(found[key] != expected[key] for key in ("fingerprint", "calibration")):
             raise CalibrationError(f"{self._path} is the journal of another detector or calibration: {_BEGIN_AGAIN}.")
+        if found["unit"] != expected["unit"]:
+            raise ConfigError(
+                f"{self._path} counts each {found['unit']} once, not each {expected['unit']}: set by_folder accordingly, "
+                f"{_BEGIN_AGAIN}."
+            )
         for key in ("seed", "level"):
             if found[key] != expected[key]:
                 raise ConfigError(

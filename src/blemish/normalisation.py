@@ -111,8 +111,9 @@ class SpatialNormalisation:
                 block = slice(first, first + step)
                 location[block], scale[block] = _statistics(np.array(maps[:, block]), kind)
             del maps
-        scale += np.median(scale)
-        scale[scale <= 0] = max(float(scale.max()), 1.0)  # nothing varied there, nor at most other pixels
+        common = float(np.median(scale))
+        # Where most pixels never varied, there is nothing to compare with: no quotient may grow.
+        scale = scale + np.float32(common) if common > 0 else np.full_like(scale, max(float(scale.max()), 1.0))
         return cls(location.reshape(shape), scale.reshape(shape))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,14 @@ class PredictionFiles:
         self._note = json.dumps({key: made[key] for key in ("software", "version", "fingerprint")})
         self._part = out / ".predictions.jsonl.part"
         self._made = out / "predict.json"
-        if overwrite:
-            for old in (self._part, out / "predictions.jsonl", out / "predictions.csv"):
+        other = next((name for name in ("run.json", "evaluation.csv") if (out / name).exists()), None)
+        if other:
+            raise BlemishError(f"{out} holds a run or an evaluation ({other}): choose another out= for predictions.")
+        if overwrite and self._made.is_file():
+            for old in (self._part, *(out / name for name in ("predictions.jsonl", "predictions.csv", "gallery.zip"))):
                 old.unlink(missing_ok=True)
+            for name, _ in _PICTURES:
+                shutil.rmtree(out / f"{name}s", ignore_errors=True)
         if (out / "predictions.jsonl").exists():
             raise BlemishError(f"{out} already holds predictions: choose another out=, or set overwrite=true.")
         if self._part.exists() and self._made.is_file():
@@ -145,7 +151,7 @@ class PredictionFiles:
         with (
             atomic(self._out / "predictions.jsonl") as lines_path,  # appears last: it says that all is done
             atomic(self._out / "predictions.csv") as table_path,
-            table_path.open("w", newline="", encoding="utf-8") as table,
+            table_path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table,
             lines_path.open("w", encoding="utf-8") as lines,
             self._part.open(encoding="utf-8") as before,
         ):

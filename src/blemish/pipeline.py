@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from blemish.data.records import NORMAL, Record
 from blemish.data.splits import SplitRecord, digest_files, find_units
 from blemish.detector import Detector
 from blemish.drift import Drift
-from blemish.errors import CalibrationError, ConfigError, DataError, ImageError
+from blemish.errors import BlemishError, CalibrationError, ConfigError, DataError, ImageError
 from blemish.evaluation.metrics import Evaluation
 from blemish.files import CARD_FILE, write_csv, write_json
 from blemish.mask_rules import MaskRule
@@ -121,15 +122,25 @@ def calibrate(
             raise CalibrationError(
                 f"The score map of {scored.path} has NaN or infinite values: the model diverged; train it again."
             )
+        if mask_rule.smallest_region > score_map.size:
+            raise CalibrationError(
+                f"{scored.path} has {score_map.size} pixels, fewer than calibration.region_area = "
+                f"{mask_rule.region_area}: no mask could ever break the rule; lower it."
+            )
         scores.append(mask_rule.score(score_map))
         if noise:
             noise.add(score_map)
     made = {key: value for key, value in made_by(detector).items() if key != "calibration"}
-    digests = "".join(sorted(item.digest for item in records))
-    made["calibration_fingerprint"] = hashlib.sha256(digests.encode()).hexdigest()
+    made["calibrated_on"] = digests_of(records)
+    made["calibration_fingerprint"] = _joined_digest(made["calibrated_on"])
     units = [item.unit for item in records]
     estimate = noise.result() if noise else None
     return Calibration.fit(scores, units, promise, detector.fingerprint, mask_rule, estimate, made)
+
+
+def digests_of(records: Sequence[SplitRecord]) -> list[str]:
+    """The SHA-256 of the files, in an order of their own, so that equal lists mean equal files."""
+    return sorted(item.digest for item in records)
 
 
 def normals_to_calibrate(
@@ -275,12 +286,19 @@ def predict(
     if fdr is not None and not (isinstance(fdr, (int, float)) and 0 < fdr < 1):
         raise ConfigError(f"Expected fdr between 0 and 1, found {fdr}.")
     # Results of an earlier run are no inputs, should `out` lie inside the input folder.
-    inside = out.absolute()
-    pairs = [pair for pair in expand_inputs(inputs) if inside not in pair[0].absolute().parents]
+    inside = out.resolve()
+    given = [(path.absolute(), name) for path, name in expand_inputs(inputs)]
+    pairs = [(path, name) for path, name in given if inside not in path.resolve().parents]
+    if not pairs:
+        raise BlemishError(f"All images of the input lie in {out}, where the results would go: choose another out=.")
     stems = dict(zip([path for path, _ in pairs], unique_stems([name for _, name in pairs]), strict=True))
     files = PredictionFiles(out, made_by(detector) | {"fdr": fdr}, detector.card, overwrite)
     before = files.done()
     done = {row["path"] for row in before}
+    if done - {str(path) for path in stems}:
+        raise BlemishError(
+            f"{out} holds unfinished predictions of other images: choose another out=, or set overwrite=true."
+        )
     todo = [path for path, _ in pairs if str(path) not in done]
 
     def scored() -> Iterator[Scored]:
@@ -344,14 +362,14 @@ def monitor(
             f"The calibration has {count_units(card.n, card.images)}: set by_folder=true if the images of one folder "
             "are one such unit, or by_folder=false if each image is one."
         )
-    paths = [path for path, _ in expand_inputs(inputs)]
+    paths = [path.absolute() for path, _ in expand_inputs(inputs)]
     files = dict(zip(paths, digest_files(paths, progress), strict=True))
-    trained_on = set(detector.about.get("trained_on", ()))
-    seen = [path for path, digest in files.items() if digest in trained_on]
+    known = {*detector.about.get("trained_on", ()), *card.made.get("calibrated_on", ())}
+    seen = [path for path, digest in files.items() if digest in known]
     if seen:
         raise CalibrationError(
-            f"{len(seen)} of {len(paths)} images took part in training (first: {seen[0]}): their scores are too low to "
-            "compare; give images that the model has not seen."
+            f"{len(seen)} of {len(paths)} images took part in training or calibration (first: {seen[0]}): they say "
+            "nothing about new images; give others."
         )
     units: dict[Path, list[tuple[Path, str]]] = {}
     for path, digest in files.items():
@@ -359,23 +377,39 @@ def monitor(
     digests = {unit: _joined_digest(digest for _, digest in members) for unit, members in units.items()}
     errors: list[str] = []
     with Monitor.open(
-        state, card.scores, card.fingerprint, card.mask_rule.to_dict(), card.threshold, card.promise.alpha, seed, level
+        state,
+        card.scores,
+        card.fingerprint,
+        card.mask_rule.to_dict(),
+        card.threshold,
+        card.promise.alpha,
+        seed,
+        level,
+        unit="folder" if by_folder else "image",
     ) as journal:
         for unit in units:
             if journal.seen(digests[unit]):
                 journal.repeat(digests[unit])
         new = [unit for unit in units if not journal.seen(digests[unit])]
+        changed = [unit for unit in new if by_folder and journal.knows(unit)]
+        errors += [
+            f"{unit} was monitored before with other images: give new images in a new folder." for unit in changed
+        ]
+        new = [unit for unit in new if unit not in changed]
         if order == "shuffled":
             new.sort(key=lambda unit: digests[unit])  # as good as random, and the same after a kill
         maps = score_files(detector, [path for unit in new for path, _ in units[unit]])
         with tqdm(total=len(new), desc="monitoring", unit="image", disable=not progress, leave=False) as bar:
             for unit in new:
                 bar.update()
-                scored = [next(maps) for _ in units[unit]]
-                unusable = [item.error for item in scored if item.error]
-                errors += unusable
-                if not unusable:  # the largest score of a unit is not known without all its images
-                    score = max(card.mask_rule.score(item.score_map) for item in scored if item.score_map is not None)
+                score, usable = 0.0, True
+                for scored in itertools.islice(maps, len(units[unit])):
+                    if scored.score_map is None:
+                        errors.append(scored.error)
+                        usable = False
+                    else:
+                        score = max(score, card.mask_rule.score(scored.score_map))
+                if usable:  # the largest score of a unit is not known without all its images
                     journal.add(unit, digests[unit], score)
         return journal.result(), errors
 

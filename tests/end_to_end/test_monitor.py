@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
@@ -56,7 +57,8 @@ def test_a_second_call_knows_the_images_and_says_the_same(run_copy, normals, run
     first = run_cli(["monitor", f"run={run_copy}", f"input={normals}", "state=j.jsonl"])
     second = run_cli(["monitor", f"run={run_copy}", f"input={normals}", "state=j.jsonl"])
     assert first.out.splitlines()[1:] == second.out.splitlines()[1:]
-    assert "24 of them seen before" in second.out
+    assert "24 different images, 24 of them new; 24 in the journal" in first.out
+    assert "24 different images, 0 of them new; 24 in the journal" in second.out
 
 
 def test_two_halves_give_the_journal_of_the_whole_in_the_order_of_names(run_copy, normals, run_cli, tmp_path):
@@ -80,6 +82,26 @@ def test_images_of_a_folder_are_one_unit_with_the_largest_score(run_copy, normal
     for line in lines:
         scores = [detector(path).image_score for path in (normals / line["path"]).iterdir()]
         assert line["score"] == pytest.approx(max(scores), rel=1e-5)
+
+
+def test_folder_that_has_changed_is_no_new_unit(run_copy, normals, texture, save, run_cli, tmp_path):
+    words = ["monitor", f"run={run_copy}", f"input={normals}", "by_folder=true", "state=lots.jsonl"]
+    run_cli(words)
+    save(normals / "lot03" / "late.png", texture(7000))
+    again = run_cli(words)
+    assert again.code == 1
+    assert any("lot03 was monitored before with other images" in sentence for sentence in again.sentences)
+    assert len(journal(tmp_path / "lots.jsonl")) == 1 + 12
+    other = run_cli([*words[:3], "by_folder=false", "state=lots.jsonl"])
+    assert other.code == 2 and "lots.jsonl" in other.sentences[0]
+
+
+def test_images_that_calibrated_are_refused(run_copy, run_cli):
+    with (run_copy / "splits.csv").open(newline="", encoding="utf-8") as file:
+        own = [row["path"] for row in csv.DictReader(file) if row["split"] == "calibration"]
+    done = run_cli(["monitor", f"run={run_copy}", f"input=[{','.join(own)}]"])
+    assert done.code == 2 and "took part in training or calibration" in done.sentences[0]
+    assert not (run_copy / "monitor.jsonl").exists()
 
 
 def test_unreadable_image_is_named_and_the_others_go_on(run_copy, normals, run_cli, tmp_path):

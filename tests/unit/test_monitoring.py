@@ -219,7 +219,7 @@ def test_constant_scores_are_no_evidence_on_a_constant_calibration(tmp_path, sco
 def test_lines_say_what_was_seen(tmp_path):
     monitored(tmp_path / "state", STREAM[:2])
     header, first, second = map(json.loads, (tmp_path / "state").read_text().splitlines())
-    assert list(header) == ["software", "version", "fingerprint", "calibration", "seed", "level"]
+    assert list(header) == ["software", "version", "fingerprint", "calibration", "seed", "level", "unit"]
     assert list(first) == ["path", "sha256", "score", "p_value", "online_p", "log_martingale"]
     assert (first["path"], first["sha256"], first["score"]) == ("image0.png", sha("image0"), STREAM[0])
     assert second["p_value"] == (1 + sum(score >= STREAM[1] for score in CALIBRATION)) / 61

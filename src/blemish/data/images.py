@@ -28,6 +28,7 @@ Pixels = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
+_OURS = ("detector.pt", "predict.json")  # what marks a folder of a run or of predictions
 _GREY_MODES = ("1", "L", "LA", "La", "F", "I")
 _SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 
@@ -52,7 +53,7 @@ def is_image(path: Path) -> bool:
 
 
 def list_images(root: Path) -> list[Path]:
-    """All image files below `root`, sorted; hidden files and folders are left out.
+    """All image files below `root`, sorted; hidden files and folders, runs and results of blemish are left out.
 
     Raises:
         DataError: `root` is missing, is not a folder, or holds no image.
@@ -63,7 +64,11 @@ def list_images(root: Path) -> list[Path]:
         raise DataError(f"Expected a folder of images, found a file: {root}.")
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not any((Path(folder) / name / ours).is_file() for ours in _OURS)
+        )
         found += [path for name in names if is_image(path := Path(folder) / name)]
     if not found:
         raise DataError(f"No image found below {root}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")

@@ -74,7 +74,7 @@ def read_part(path: Path, split: Split, progress: bool = True) -> list[SplitReco
         DataError: the file is missing, or an image is gone or has changed since.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}; give the images by data.root=DIR.") from error

@@ -70,7 +70,7 @@ def read_rows(folder: Path) -> tuple[str, list[Row], list[tuple[str, str]]]:
         return "", [], []  # a training without a test part
     rows, errors = [], []
     try:
-        with (folder / table).open(newline="", encoding="utf-8") as file:
+        with (folder / table).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             for cells in csv.DictReader(file) if table.endswith(".csv") else map(json.loads, file):
                 if cells["error"]:
                     errors.append((str(cells["path"]), str(cells["error"])))
@@ -136,7 +136,7 @@ def read_gallery(path: Path, budget: int) -> Gallery:
             return Gallery(float(index["threshold"]), [entry["path"] for entry in index["images"]], pictures)
     except FileNotFoundError:
         return Gallery()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
         raise DataError(
             f"Expected pictures in {path}, found a damaged file ({type(error).__name__}: {error}): delete it or write "
             "it anew."

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from blemish.calibration import Calibration, count_units
 from blemish.data.records import NORMAL
-from blemish.errors import CalibrationError
+from blemish.errors import CalibrationError, DataError
 from blemish.evaluation.metrics import clopper_pearson
 from blemish.files import write_text
 from blemish.report.folder import Row, links, read_card, read_gallery, read_json, read_rows
@@ -44,16 +44,22 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` into a results folder, and return its path.
 
     Raises:
-        DataError: the card is missing, or a file is damaged.
+        DataError: the card is missing, a file is damaged, or the scores are of another mask rule than the card's.
     """
     card = read_card(folder)
     table, images, errors = read_rows(folder)
     metrics, curves = read_json(folder / "metrics.json"), read_json(folder / "curves.json")
+    scored_by = ((metrics.get("made") or {}).get("calibration") or {}).get("mask_rule")
+    if scored_by not in (None, card.mask_rule.to_dict()):
+        raise DataError(
+            f"The scores in {folder} are those of the mask rule {scored_by}, the calibration has "
+            f"{card.mask_rule.to_dict()}: run `blemish evaluate` again."
+        )
     addresses = {image.path: links(folder, image) for image in images}
     rest = len(get_plotlyjs()) + len(_json(list(addresses.items()))) + 100 * len(images) + _REST_OF_PAGE
     gallery = read_gallery(folder / "gallery.zip", min(_LARGEST_GALLERY, _LARGEST_PAGE - rest))
     place = {path: number for number, path in enumerate(gallery.order)}
-    images = sorted(images, key=lambda image: place.get(image.path, len(place)))
+    images = sorted(images, key=lambda image: (place.get(image.path, len(place)), *_interest(image)))
 
     kinds = sorted({image.kind for image in images if image.kind is not None}, key=lambda kind: (kind != NORMAL, kind))
     steps = _steps(card, [image.score for image in images if image.kind == NORMAL])
@@ -75,7 +81,7 @@ def write_report(folder: Path) -> Path:
         card=card,
         units=count_units(card.n, card.images),
         in_plain_words=_in_plain_words(card),
-        tiles=_tiles(card, images, metrics),
+        tiles=_tiles(card, table, images, metrics),
         warnings=_warnings(card, images, gallery.threshold),
         figures=_figures(metrics),
         errors=errors,
@@ -97,6 +103,12 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # file names may not be valid Unicode
     return path
+
+
+def _interest(image: Row) -> tuple[bool, bool, float]:
+    """Sorts missed defects first, then false alarms, then the others, each from the highest score down."""
+    missed = image.kind not in (None, NORMAL) and not image.flagged
+    return not missed, not (image.kind == NORMAL and image.flagged), -image.score
 
 
 def _template() -> Template:
@@ -153,7 +165,9 @@ def _of_normals(alarms: int, count: int) -> str:
     return f"{alarms / count:.1%} of {count} good images (95{_NBSP}% interval {low:.1%} to {high:.1%})"
 
 
-def _tiles(card: Calibration, images: Sequence[Row], metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _tiles(
+    card: Calibration, table: str, images: Sequence[Row], metrics: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
     """(label, value, note) of each figure in the summary, the most important first."""
     normals = [image.flagged for image in images if image.kind == NORMAL]
     defects = [image.flagged for image in images if image.kind not in (None, NORMAL)]
@@ -161,14 +175,14 @@ def _tiles(card: Calibration, images: Sequence[Row], metrics: Mapping[str, Any])
         yield "Missed defects", f"{defects.count(False)} of {len(defects)}", f"{np.mean(defects):.1%} of defects found"
     if normals:
         yield "False alarms", f"{sum(normals)} of {len(normals)}", _of_normals(sum(normals), len(normals))
-    if not images:
+    if not (images or table):
         yield "Calibration images", str(card.images), "no other images yet: run blemish evaluate or blemish predict"
     elif not (normals or defects):
         flagged = sum(image.flagged for image in images)
         yield "Images", str(len(images)), "predicted"
         yield "Flagged", str(flagged), f"{flagged / max(len(images), 1):.1%} of the images are anomalous"
         yield "Passed", str(len(images) - flagged), "nothing beyond what good parts show"
-    overall = metrics.get("overall", {})
+    overall = metrics.get("overall") or {}
     for figures, key, label, note in (
         (overall, "image_auroc", "Image AUROC", "over all thresholds; 0.5 is chance"),
         (overall, "aupro_0.3", "AUPRO@0.3", "overlap with defect regions; 1 is perfect"),

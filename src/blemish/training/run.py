@@ -114,7 +114,7 @@ class _Parts:
         check_trainer(settings["trainer"])
         normalisation: NormalisationSettings = build_section(NormalisationSettings, settings, "normalisation")
         if normalisation.kind != "none":
-            _check_equal_sizes(splits)
+            _check_normalisation(splits, normalisation, settings["calibration"]["mask_rule"])
         torch.manual_seed(settings["seed"])
         for section, name in ((Preprocess, "image"), (Tiling, "tiling")):
             build_section(section, settings, name)  # before the model is tried on a tile
@@ -149,8 +149,18 @@ def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
     return splits
 
 
-def _check_equal_sizes(splits: Splits) -> None:
-    """Raise DataError, before training, if score maps cannot be compared pixel by pixel."""
+def _check_normalisation(splits: Splits, normalisation: NormalisationSettings, mask_rule: str) -> None:
+    """Raise ConfigError or DataError, before training, if score maps cannot be compared pixel by pixel."""
+    if mask_rule == "parametric_noise":
+        raise ConfigError(
+            "calibration.mask_rule=parametric_noise expects the noise itself, and normalised maps are none: set "
+            "normalisation.kind=none, or choose another mask rule."
+        )
+    if len(splits.of(normalisation.source)) < 2:
+        raise ConfigError(
+            f"Spatial normalisation needs two or more {normalisation.source} images, found "
+            f"{len(splits.of(normalisation.source))}: set a larger split.validation, or normalisation.source=train."
+        )
     first: tuple[Path, int, int] | None = None
     for item in splits.records:
         if item.record.split != "test":
