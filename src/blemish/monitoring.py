@@ -243,7 +243,7 @@ class Monitor:
             raise CalibrationError(f"{self._path} is the journal of another detector or calibration: {_BEGIN_AGAIN}.")
         if found["unit"] != expected["unit"]:
             raise ConfigError(
-                f"{self._path} counts each {found['unit']} once, not each {expected['unit']}: set by_folder accordingly, "
+                f"{self._path} is about each {found['unit']}, not each {expected['unit']}: set by_folder, "
                 f"{_BEGIN_AGAIN}."
             )
         for key in ("seed", "level"):
