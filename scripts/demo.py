@@ -71,7 +71,8 @@ F1 at the calibrated threshold    {overall["calibrated"]["image_f1"]:.3f}
 false alarms on normal test cells {normals["false_alarms"]} of {normals["images"]}
 minutes                           {(time.perf_counter() - start) / 60:.1f}
 
-Open {folder / "overview.png"}: image, heat map and mask of {SHOWN} normal cells (spread over their scores) and of the
+Open {run / "report.html"} in a browser: the promise, scores, curves, and every test cell with its heat map. Open
+{folder / "overview.png"}: image, heat map and mask of {SHOWN} normal cells (spread over their scores) and of the
 {SHOWN} most anomalous ones; all heat maps are in {predictions / "heatmaps"}. Losses and panels over the training:
 tensorboard --logdir {run / "tensorboard"}""")
 
