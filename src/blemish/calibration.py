@@ -271,7 +271,9 @@ class Calibration:
         else:
             most = math.ceil(1000 * self.promise.rate_limit(self.n))
             limit = f"at most {1000 * alpha:g} on average over calibrations, with 95 % confidence no more than {most}"
-        return f"of 1000 normal images expect about {expected:.0f} {alarm}, {limit}; from {units}"
+        # The rate is that of units: an alarm in any image of a group counts.
+        things = "normal images" if self.n == self.images else "normal units (groups of images)"
+        return f"of 1000 {things} expect about {expected:.0f} {alarm}, {limit}; from {units}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` gives the same object back, bit for bit."""

@@ -531,8 +531,9 @@ def test_card_states_what_was_promised():
     assert card["rate_interval_95"] == list(Promise(0.3, "pac", 0.01).rate_interval(30))
     expected = 1000 * (31 - card["rank"]) / 31
     assert card["in_words"] == (
-        f"of 1000 normal images expect about {expected:.0f} false alarms (any pixel flagged), with 99 % confidence no "
-        "more than 300; from 30 independent calibration units (60 images; a group, or copies of an image, count once)"
+        f"of 1000 normal units (groups of images) expect about {expected:.0f} false alarms (any pixel flagged), with "
+        "99 % confidence no more than 300; from 30 independent calibration units (60 images; a group, or copies of an "
+        "image, count once)"
     )
 
 

@@ -157,7 +157,8 @@ def _in_plain_words(card: Calibration) -> str:
     expected = 1000 * (card.n + 1 - card.promise.rank(card.n)) / (card.n + 1)
     most = math.ceil(1000 * card.promise.rate_limit(card.n))
     about = f"{expected:.{0 if expected >= 10 else 1}f}"
-    return f"Of 1000 good parts expect about {about} false alarms; with 95{_NBSP}% confidence no more than {most}."
+    things = "good parts" if card.n == card.images else "good groups of images"
+    return f"Of 1000 {things} expect about {about} false alarms; with 95{_NBSP}% confidence no more than {most}."
 
 
 def _of_normals(alarms: int, count: int) -> str:
