@@ -24,18 +24,19 @@ import numpy as np
 from PIL import Image
 
 WORKER = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 from blemish import load_detector, pipeline
+def peak():  # ru_maxrss would begin with that of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 run, source, out = sys.argv[1:]
 detector = load_detector(run, "cpu")
-idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+idle = peak()
 start = time.perf_counter()
 if source != "-":
     pipeline.predict(detector, source, Path(out), progress=False)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "idle": idle, "peak": peak}))
+print(json.dumps({"seconds": seconds, "idle": idle, "peak": peak()}))
 """
 
 

@@ -155,8 +155,8 @@ class Detector:
         score = card.mask_rule.score(score_map)
         cleaning = Cleaning(max(self.cleaning.min_area, card.mask_rule.smallest_region))
 
-        def p_value(region: FloatArray) -> float:
-            return card.p_value(card.mask_rule.score(region, score_map.size))
+        def p_value(part: FloatArray, inside: Mask) -> float:
+            return card.p_value(card.mask_rule.score_of_region(part, inside, score_map.size))
 
         mask, regions = cleaning(score_map > card.threshold, score_map, p_value)
         return Prediction(

@@ -18,6 +18,7 @@ import numpy as np
 
 from blemish.data.images import FloatArray
 from blemish.errors import ConfigError
+from blemish.postprocess import Mask
 
 MASK_RULES = ("any_pixel", "area_fraction", "region", "parametric_noise")
 _SETTINGS = {"area_fraction": "tau", "region": "region_area"}
@@ -62,13 +63,17 @@ class MaskRule:
 
         Args:
             score_map: (H, W) float32, finite, >= 0.
-            pixels: of the whole image, if the map is a part of it with nothing flagged elsewhere.
+            pixels: of the whole image, if the map is a part of it with nothing elsewhere.
         """
         if self.name == "area_fraction":
             return _exceeded_by(score_map, math.floor(Fraction(repr(float(self.tau))) * (pixels or score_map.size)))
         if self.name == "region":
             return _largest_level_with_region(score_map, self.region_area)
         return float(score_map.max())
+
+    def score_of_region(self, part: FloatArray, inside: Mask, pixels: int) -> float:
+        """The score of an image of so many pixels that shows nothing but one region: `part` where `inside` is True."""
+        return self.score(np.where(inside, part, np.float32(0)) if self.name == "region" else part[inside], pixels)
 
     def to_dict(self) -> dict[str, Any]:
         """The name, and the setting that matters for it."""

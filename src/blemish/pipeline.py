@@ -314,15 +314,15 @@ def predict(
 
     anomalous = sum(row["decision"] == "anomalous" for row in before)
     errors = [row["error"] for row in before if row["error"]]
-    ranked = [(-row["image_score"], row["path"]) for row in before if not row["error"]]
+    ranked = [(-row["image_score"], row["path"], row["map"]) for row in before if not row["error"]]
     rows = files.append(map_ahead(write, scored(), area, PIXELS_AHEAD, workers=2))
     for row in tqdm(rows, "predicting", len(pairs), initial=len(pairs) - len(todo), unit="image", disable=not progress):
         anomalous += row["decision"] == "anomalous"
         if row["error"]:
             errors.append(row["error"])
         else:
-            ranked.append((-row["image_score"], row["path"]))
-    worst = [Shown(Path(path)) for _, path in heapq.nsmallest(gallery, ranked)]
+            ranked.append((-row["image_score"], row["path"], row["map"]))
+    worst = [Shown(Path(path), score_map=out / place) for _, path, place in heapq.nsmallest(gallery, ranked)]
     write_gallery(out / GALLERY_FILE, detector, worst, progress)
     discoveries = files.finish(fdr)
     return PredictSummary(len(before) + len(todo), anomalous, errors, len(before), discoveries)

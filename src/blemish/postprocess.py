@@ -59,12 +59,14 @@ class Cleaning:
             raise ConfigError(f"Expected cleaning.min_area >= 1, found {self.min_area}.")
 
     def __call__(
-        self, mask: Mask, score_map: FloatArray, p_value: Callable[[FloatArray], float] | None = None
+        self, mask: Mask, score_map: FloatArray, p_value: Callable[[FloatArray, Mask], float] | None = None
     ) -> tuple[Mask, list[Region]]:
         """(H, W) bool -> the cleaned mask and its regions, largest score first.
 
-        `p_value` takes the part of the map in a region's box, 0 outside the region.
+        `p_value` takes the part of the map in a region's box, and which of its pixels are the region's.
         """
+        if not mask.any():
+            return mask, []
         count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
         kept = np.flatnonzero(boxes[:, cv2.CC_STAT_AREA] >= self.min_area)
         kept = kept[kept > 0]  # 0 is the background
@@ -74,7 +76,7 @@ class Cleaning:
         for label in kept:
             left, top, width, height, area = (int(value) for value in boxes[label])
             window = slice(top, top + height), slice(left, left + width)
-            part = np.where(labels[window] == label, score_map[window], np.float32(0))
-            p = p_value(part) if p_value else None
-            regions.append(Region(left, top, width, height, area, float(part.max()), p))
+            part, inside = score_map[window], labels[window] == label
+            p = p_value(part, inside) if p_value else None
+            regions.append(Region(left, top, width, height, area, float(part[inside].max()), p))
         return mask, sorted(regions, key=lambda region: -region.score)

@@ -19,6 +19,7 @@ from blemish.pictures import colour
 from blemish.pipeline import evaluate
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
+from blemish.report import gallery
 from blemish.report.gallery import SIDE, Shown, write_gallery
 from blemish.tiling import Tiling
 
@@ -175,3 +176,16 @@ def test_evaluation_shows_missed_defects_then_false_alarms_then_the_rest(tmp_pat
     with (tmp_path / "out/evaluation.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(records)
     assert json.loads((tmp_path / "out/card.json").read_text()) == judge(Explainer()).card.to_dict()
+
+
+def test_large_image_is_shown_by_its_stored_map(tmp_path, save, monkeypatch):
+    monkeypatch.setattr(gallery, "_LARGE", 1000)
+    paths = [save(tmp_path / "small.png", grey(50, (30, 30))), save(tmp_path / "large.png", grey(50))]
+    stored = np.zeros((40, 48), np.float32)
+    stored[5, 7] = 9
+    Image.fromarray(stored).save(tmp_path / "map.tiff")
+    shown = [Shown(path, score_map=tmp_path / "map.tiff") for path in paths]
+    write_gallery(tmp_path / "gallery.zip", judge(Explainer()), shown, progress=False)
+    _, (small, large) = read(tmp_path / "gallery.zip")
+    assert "expected" in small and not small["mask"].any()
+    assert "expected" not in large and np.argwhere(large["mask"]).tolist() == [[5, 7]]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,35 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from blemish.data.images import FloatArray, Pixels, read_mask
+from blemish.data.images import FloatArray, Pixels, probe, read_mask, read_pixels
 from blemish.detector import Detector
+from blemish.errors import ImageError
 from blemish.files import atomic
 from blemish.pictures import Picture, as_rgb, colour
 from blemish.postprocess import Mask
-from blemish.scoring import score_files
+from blemish.scoring import ScoredFile, score_files
 
 GALLERY_FILE = "gallery.zip"
 SIDE = 160  # of a thumbnail, in pixels
+_LARGE = 2**22  # pixels, from which scoring an image again would take longer than a thumbnail is worth
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of the gallery, and the mask of its true defects where there is one."""
+    """An image of the gallery, the mask of its true defects and its score map as TIFF, where there is one."""
 
     path: Path
     truth: Path | None = None
+    score_map: Path | None = None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its stored map serves, instead of scoring the image again."""
+        try:
+            info = probe(self.path)
+        except ImageError:
+            return False
+        return self.score_map is not None and info.width * info.height > _LARGE
 
 
 def write_gallery(out: Path, detector: Detector, images: Sequence[Shown], progress: bool = True) -> None:
@@ -40,8 +53,7 @@ def write_gallery(out: Path, detector: Detector, images: Sequence[Shown], progre
     An image that has become unreadable is left out.
     """
     index = []
-    files = score_files(detector, [shown.path for shown in images], explain=True)
-    bar = tqdm(files, "picturing", len(images), unit="image", disable=not progress, leave=False)
+    bar = tqdm(_scored(detector, images), "picturing", len(images), unit="image", disable=not progress, leave=False)
     with atomic(out) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for number, (shown, scored) in enumerate(zip(images, bar, strict=True)):
             if scored.pixels is None or scored.score_map is None:
@@ -57,6 +69,25 @@ def write_gallery(out: Path, detector: Detector, images: Sequence[Shown], progre
                 archive.writestr(names[name], content)
             index.append({"path": str(shown.path), "width": size[1], "height": size[0], "pictures": names})
         archive.writestr("index.json", json.dumps({"threshold": detector.card.threshold, "images": index}))
+
+
+def _scored(detector: Detector, images: Sequence[Shown]) -> Iterator[ScoredFile]:
+    """The images in order; large ones with their stored map, and so without what was expected."""
+    for large, some in groupby(images, lambda shown: shown.is_large):
+        if large:
+            yield from map(_read, some)
+        else:
+            yield from score_files(detector, [shown.path for shown in some], explain=True)
+
+
+def _read(shown: Shown) -> ScoredFile:
+    assert shown.score_map is not None
+    try:
+        pixels = read_pixels(shown.path)
+    except ImageError as error:
+        return ScoredFile(shown.path, None, None, None, 0.0, str(error))
+    with Image.open(shown.score_map) as tiff:
+        return ScoredFile(shown.path, pixels, np.asarray(tiff, np.float32), None, 0.0)
 
 
 def _thumbnails(
