@@ -380,3 +380,20 @@ def test_torch_is_not_needed(folder):
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "[]"
+
+
+def test_figure_short_of_perfect_is_not_rounded_to_it(folder):
+    metrics = {"overall": {"image_auroc": 0.99976, "aupro_0.3": 1.0}}
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    text = re.split("Calibration card", report(folder).text)[0]
+    assert "0.9998" in text and text.count("1.000") == 2  # the tile and the table of the perfect one
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_data_without_masks_get_no_empty_chart(folder, masks):
+    roc = {"false_positive_rate": [0.0, 0.0, 1.0], "true_positive_rate": [0.0, 1.0, 1.0]}
+    pro = {"false_positive_rate": [0.0, 1.0], "overlap": [0.0, 1.0]} if masks else None
+    curves = {"overall": {"image_roc": roc, "pixel_roc": roc if masks else None, "pro": pro}, "kinds": {}}
+    (folder / "curves.json").write_text(json.dumps(curves), encoding="utf-8")
+    ids = {attributes.get("id") for _, attributes in report(folder).elements}
+    assert "roc" in ids and ("pro" in ids) == masks

@@ -89,6 +89,7 @@ def write_report(folder: Path) -> Path:
         drawn_at=card.threshold if gallery.threshold is None else gallery.threshold,
         made=_made(card, metrics.get("made") or read_json(folder / "predict.json")),
         unpromised=sum(not step["promised"] for step in steps),
+        has_masks=any(curve.get("pro") for _, curve in _curves(curves)),
         **{key: facts[key] for key in ("steps", "own", "kinds", "curves")},
         data={
             "facts": _json(facts),
@@ -190,7 +191,12 @@ def _tiles(
         (overall.get("calibrated", {}), "image_f1", "F1", "at the calibrated threshold"),
     ):
         if figures.get(key) is not None:
-            yield label, f"{figures[key]:.3f}", note
+            yield label, _decimals(figures[key]), note
+
+
+def _decimals(figure: float) -> str:
+    """Three decimals, or four where three would make a perfect figure of one that is not."""
+    return f"{figure:.4f}" if 0.9995 <= figure < 1 else f"{figure:.3f}"
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[list[str]]:
@@ -201,7 +207,7 @@ def _figures(metrics: Mapping[str, Any]) -> list[list[str]]:
     for name, figures in (("all defects", metrics["overall"]), *metrics.get("kinds", {}).items()):
         decided = figures.get("calibrated", {})
         cells = [*(figures.get(key) for key in _COLUMNS), *(decided.get(key) for key in _CALIBRATED_COLUMNS)]
-        rows.append([name, *("-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells)])
+        rows.append([name, *("-" if c is None else _decimals(c) if isinstance(c, float) else str(c) for c in cells)])
     return rows
 
 

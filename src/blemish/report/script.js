@@ -218,7 +218,7 @@ function drawCurves() {
   }
   draw("roc", roc, ["false-positive rate", { range: [0, 1.01] }], ["true-positive rate", { range: [0, 1.02] }]);
   const overlap = pro ? [line("PRO", pro.false_positive_rate, pro.overlap, css("--bad"), "solid")] : [];
-  draw("pro", overlap, ["false-positive rate of pixels", { rangemode: "tozero" }], ["mean overlap", { range: [0, 1.02] }]);
+  if ($("pro")) draw("pro", overlap, ["false-positive rate of pixels", { rangemode: "tozero" }], ["mean overlap", { range: [0, 1.02] }]);
 }
 
 // ---- controls ----
