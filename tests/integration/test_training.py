@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from blemish import load_detector
@@ -130,6 +131,17 @@ def test_resume_refuses_changed_images(run_cli, tiny, mvtec_root, save, texture,
     save(mvtec_root / "train/good/new.png", texture(500))
     result = run_cli(["train", f"resume={run}"])
     assert result.code == 2 and "images changed" in result.sentences[0]
+
+
+@pytest.mark.parametrize("section", ["normalisation", "report"])
+def test_training_begun_by_another_version_is_not_resumed(run_cli, run_copy, section):
+    about = json.loads((run_copy / "run.json").read_text())
+    (run_copy / "run.json").write_text(json.dumps(about | {"status": "training"}))
+    settings = yaml.safe_load((run_copy / "config.yaml").read_text())
+    del settings[section]
+    (run_copy / "config.yaml").write_text(yaml.safe_dump(settings))
+    result = run_cli(["train", f"resume={run_copy}"])
+    assert result.code == 2 and len(result.sentences) == 1 and f"lacks the section {section}" in result.sentences[0]
 
 
 def test_damaged_checkpoint_is_one_sentence(run_cli, run_copy):

@@ -17,7 +17,7 @@ from torch import nn
 from blemish import __version__, pipeline
 from blemish.build import build, build_section
 from blemish.calibration import Calibration, read_settings
-from blemish.checkpoint import assemble, build_model, pick_device, save_detector
+from blemish.checkpoint import PARTS, assemble, build_model, pick_device, save_detector
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
 from blemish.data.images import probe
@@ -88,6 +88,12 @@ def resume(run: Path, read: Any) -> Finished:
     if about["status"] == "done":
         raise ConfigError(f"The training in {run} is finished: nothing to resume.")
     settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    missing = [name for name in (*PARTS, "training", "trainer", "calibration", "report") if name not in settings]
+    if missing:
+        raise ConfigError(
+            f"{run / CONFIG_FILE} lacks the section {missing[0]}: it was begun by another version of blemish, or "
+            "edited; start a new run."
+        )
     splits = _split(read(settings["data"]), settings)
     changed = [name for name, value in splits.fingerprint().items() if value != about["data_fingerprint"][name]]
     if changed:
