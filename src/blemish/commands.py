@@ -29,6 +29,14 @@ def _required(config: Any, name: str, example: str) -> Any:
     return value
 
 
+def _inputs(config: Any, example: str) -> str | list[str]:
+    """The setting `input`: a path, or a list of them."""
+    from omegaconf import OmegaConf
+
+    value = _required(config, "input", example)
+    return [str(item) for item in value] if OmegaConf.is_list(value) else str(value)
+
+
 def _plain(config: Any) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -101,9 +109,14 @@ def _print_metrics(metrics: dict[str, Any], calibration: Calibration) -> int:
     unreadable = metrics["unreadable"]
     figures = {key: value for key, value in metrics.items() if key not in ("made", "unreadable")}
     print(metrics_table(figures, calibration.in_words()))
-    for sentence in unreadable:
+    return _print_unusable(unreadable)
+
+
+def _print_unusable(sentences: list[str]) -> int:
+    """A line for each image that could not be used; the exit code that this gives."""
+    for sentence in sentences:
         print(f"blemish: {sentence}", file=sys.stderr)
-    return SOME_FAILED if unreadable else DONE
+    return SOME_FAILED if sentences else DONE
 
 
 def _run_settings(run: Path) -> dict[str, Any]:
@@ -123,6 +136,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     from blemish.checkpoint import load_detector, read_checkpoint, replace_calibration
     from blemish.data.splits import SPLITS_FILE, read_part
     from blemish.files import CARD_FILE
+    from blemish.mask_rules import SETTINGS
 
     run = Path(_required(config, "run", "calibrate run=RUN data.root=DIR"))
     content = read_checkpoint(run)
@@ -133,7 +147,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
         before = {**card["promise"], "mask_rule": rule.pop("name"), **rule}
     wanted = {key: value for key, value in _plain(config.calibration).items() if value is not None}
     promise, mask_rule = read_settings(before | wanted)
-    for setting, rule_name in (("tau", "area_fraction"), ("region_area", "region")):
+    for rule_name, setting in SETTINGS.items():
         if setting in wanted and mask_rule.name != rule_name:
             raise ConfigError(
                 f"calibration.{setting} is for the mask rule {rule_name}, the run has {mask_rule.name}: leave it out, "
@@ -184,14 +198,11 @@ def _evaluate(config: Any, overrides: list[str]) -> int:
 
 
 def _predict(config: Any, overrides: list[str]) -> int:
-    from omegaconf import OmegaConf
-
     from blemish import pipeline
     from blemish.checkpoint import load_detector
 
     run = Path(_required(config, "run", "predict run=RUN input=DIR out=OUT"))
-    inputs = _required(config, "input", "predict run=RUN input=DIR out=OUT")
-    inputs = [str(item) for item in inputs] if OmegaConf.is_list(inputs) else str(inputs)
+    inputs = _inputs(config, "predict run=RUN input=DIR out=OUT")
     out = Path(config.out) if config.out is not None else dated(run / "predictions")
     detector = load_detector(run, config.device, config.trusted)
     print(f"writing to: {out}", flush=True)
@@ -209,11 +220,10 @@ def _predict(config: Any, overrides: list[str]) -> int:
                 f"(with {detector.card.n} calibration scores, {can} be called anomalous among {usable} images at this "
                 "rate: add calibration images, or predict fewer at once)"
             )
-    for sentence in summary.errors:
-        print(f"blemish: {sentence}", file=sys.stderr)
+    code = _print_unusable(summary.errors)
     _write_report(out)
     print(f"written: {out}")
-    return SOME_FAILED if summary.errors else DONE
+    return code
 
 
 def _check(config: Any, overrides: list[str]) -> int:
@@ -233,23 +243,19 @@ def _check(config: Any, overrides: list[str]) -> int:
 
 
 def _monitor(config: Any, overrides: list[str]) -> int:
-    from omegaconf import OmegaConf
-
     from blemish import pipeline
     from blemish.checkpoint import load_detector
 
     run = Path(_required(config, "run", "monitor run=RUN input=DIR"))
-    inputs = _required(config, "input", "monitor run=RUN input=DIR")
-    inputs = [str(item) for item in inputs] if OmegaConf.is_list(inputs) else str(inputs)
+    inputs = _inputs(config, "monitor run=RUN input=DIR")
     state = Path(config.state) if config.state is not None else run / "monitor.jsonl"
     detector = load_detector(run, config.device, config.trusted)
     drift, errors = pipeline.monitor(detector, inputs, state, config.level, config.seed, config.by_folder, config.order)
     unit = "folders" if config.by_folder else "images"
     print(f"{drift.batch} different {unit}, {drift.new} of them new; {drift.images} in the journal {state}")
     print(drift.in_words())
-    for sentence in errors:
-        print(f"blemish: {sentence}", file=sys.stderr)
-    return DRIFT if not drift.holds else SOME_FAILED if errors else DONE
+    code = _print_unusable(errors)
+    return code if drift.holds else DRIFT
 
 
 def _report(config: Any, overrides: list[str]) -> int:

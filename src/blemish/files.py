@@ -15,6 +15,8 @@ from blemish.errors import BlemishError
 
 CARD_FILE = "card.json"
 """The calibration card, beside every artefact that rests on it."""
+GALLERY_FILE = "gallery.zip"
+"""Thumbnails for the report, beside the table of the images that they show."""
 
 
 @contextmanager

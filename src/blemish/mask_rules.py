@@ -21,7 +21,8 @@ from blemish.errors import ConfigError
 from blemish.postprocess import Mask
 
 MASK_RULES = ("any_pixel", "area_fraction", "region", "parametric_noise")
-_SETTINGS = {"area_fraction": "tau", "region": "region_area"}
+SETTINGS = {"area_fraction": "tau", "region": "region_area"}
+"""The setting that matters for a rule."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class MaskRule:
 
     def to_dict(self) -> dict[str, Any]:
         """The name, and the setting that matters for it."""
-        setting = _SETTINGS.get(self.name)
+        setting = SETTINGS.get(self.name)
         return {"name": self.name} | ({setting: getattr(self, setting)} if setting else {})
 
     @classmethod

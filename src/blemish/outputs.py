@@ -18,7 +18,7 @@ from blemish.calibration import Calibration, q_values
 from blemish.data.images import Pixels
 from blemish.detector import Prediction
 from blemish.errors import BlemishError
-from blemish.files import CARD_FILE, atomic, explain_write_errors, write_json
+from blemish.files import CARD_FILE, GALLERY_FILE, atomic, explain_write_errors, write_json
 from blemish.pictures import heat_map
 
 COLUMNS = (
@@ -80,7 +80,7 @@ class PredictionFiles:
         if other:
             raise BlemishError(f"{out} holds a run or an evaluation ({other}): choose another out= for predictions.")
         if overwrite and self._made.is_file():
-            for old in (self._part, *(out / name for name in ("predictions.jsonl", "predictions.csv", "gallery.zip"))):
+            for old in (self._part, *(out / name for name in ("predictions.jsonl", "predictions.csv", GALLERY_FILE))):
                 old.unlink(missing_ok=True)
             for name, _ in _PICTURES:
                 shutil.rmtree(out / f"{name}s", ignore_errors=True)

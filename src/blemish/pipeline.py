@@ -22,19 +22,20 @@ from tqdm import tqdm
 from blemish import __version__
 from blemish.calibration import Calibration, Promise, count_units
 from blemish.data.images import FloatArray, expand_inputs, read_mask
-from blemish.data.records import NORMAL, Record
+from blemish.data.records import Record
 from blemish.data.splits import SplitRecord, digest_files, find_units
 from blemish.detector import Detector
 from blemish.drift import Drift
 from blemish.errors import BlemishError, CalibrationError, ConfigError, DataError, ImageError
 from blemish.evaluation.metrics import Evaluation
-from blemish.files import CARD_FILE, write_csv, write_json
+from blemish.files import CARD_FILE, GALLERY_FILE, write_csv, write_json
 from blemish.mask_rules import MaskRule
 from blemish.monitoring import Monitor
 from blemish.noise import NoiseEstimator
 from blemish.normalisation import MapRecorder, NormalisationSettings, SpatialNormalisation
 from blemish.outputs import PredictionFiles, Scored, unique_stems
-from blemish.report.gallery import GALLERY_FILE, Shown, write_gallery
+from blemish.report.folder import interest
+from blemish.report.gallery import Shown, write_gallery
 from blemish.scoring import PIXELS_AHEAD, ScoredFile, score_files
 from blemish.streaming import map_ahead
 
@@ -237,14 +238,10 @@ def check_gallery(images: int) -> None:
 
 
 def _worth_showing(records: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> list[Record]:
-    """Missed defects, then false alarms, then the others; each from the highest score down."""
-
-    def order(place: int) -> tuple[int, float]:
-        normal, flagged = rows[place]["kind"] == NORMAL, rows[place]["decision"] == "anomalous"
-        return (0 if not normal and not flagged else 1 if normal and flagged else 2), -rows[place]["image_score"]
-
-    usable = [place for place, row in enumerate(rows) if not row["error"]]
-    return [records[place] for place in sorted(usable, key=order)]
+    """The records of usable images, the most interesting ones first."""
+    usable = [(record, row) for record, row in zip(records, rows, strict=True) if not row["error"]]
+    usable.sort(key=lambda pair: interest(pair[1]["kind"], pair[1]["decision"] == "anomalous", pair[1]["image_score"]))
+    return [record for record, _ in usable]
 
 
 @dataclass(frozen=True)
@@ -440,7 +437,7 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
             metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
             overall = metrics["overall"]
             row += [*(overall[name] for name in figures), overall["calibrated"]["image_f1"]]
-            card = json.loads((run / "card.json").read_text(encoding="utf-8"))
+            card = json.loads((run / CARD_FILE).read_text(encoding="utf-8"))
             stale = metrics["made"]["calibration"]["threshold"] != card["threshold"]
             row += [metrics["normals"]["false_alarm_rate"], "recalibrated since: evaluate again" if stale else ""]
         else:

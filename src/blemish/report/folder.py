@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from blemish.calibration import Calibration
+from blemish.data.records import NORMAL
 from blemish.errors import BlemishError, DataError
+from blemish.files import CARD_FILE
 
 _SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
@@ -33,8 +35,14 @@ class Row:
     mask: str
 
 
+def interest(kind: str | None, flagged: bool, score: float) -> tuple[bool, bool, float]:
+    """Sorts missed defects first, then false alarms, then the others, each from the highest score down."""
+    missed, false_alarm = kind not in (None, NORMAL) and not flagged, kind == NORMAL and flagged
+    return not missed, not false_alarm, -score
+
+
 def read_card(folder: Path) -> Calibration:
-    path = folder / "card.json"
+    path = folder / CARD_FILE
     try:
         return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

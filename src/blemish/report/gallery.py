@@ -24,7 +24,6 @@ from blemish.pictures import Picture, as_rgb, colour
 from blemish.postprocess import Mask
 from blemish.scoring import ScoredFile, score_files
 
-GALLERY_FILE = "gallery.zip"
 SIDE = 160  # of a thumbnail, in pixels
 _LARGE = 2**22  # pixels, from which scoring an image again would take longer than a thumbnail is worth
 

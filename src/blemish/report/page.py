@@ -18,8 +18,8 @@ from blemish.calibration import Calibration, count_units
 from blemish.data.records import NORMAL
 from blemish.errors import CalibrationError, DataError
 from blemish.evaluation.metrics import clopper_pearson
-from blemish.files import write_text
-from blemish.report.folder import Row, links, read_card, read_gallery, read_json, read_rows
+from blemish.files import GALLERY_FILE, write_text
+from blemish.report.folder import Row, interest, links, read_card, read_gallery, read_json, read_rows
 
 _HERE = Path(__file__).parent
 _LARGEST_PAGE = 30_000_000  # bytes
@@ -57,9 +57,9 @@ def write_report(folder: Path) -> Path:
         )
     addresses = {image.path: links(folder, image) for image in images}
     rest = len(get_plotlyjs()) + len(_json(list(addresses.items()))) + 100 * len(images) + _REST_OF_PAGE
-    gallery = read_gallery(folder / "gallery.zip", min(_LARGEST_GALLERY, _LARGEST_PAGE - rest))
+    gallery = read_gallery(folder / GALLERY_FILE, min(_LARGEST_GALLERY, _LARGEST_PAGE - rest))
     place = {path: number for number, path in enumerate(gallery.order)}
-    images = sorted(images, key=lambda image: (place.get(image.path, len(place)), *_interest(image)))
+    images = sorted(images, key=lambda i: (place.get(i.path, len(place)), interest(i.kind, i.flagged, i.score)))
 
     kinds = sorted({image.kind for image in images if image.kind is not None}, key=lambda kind: (kind != NORMAL, kind))
     steps = _steps(card, [image.score for image in images if image.kind == NORMAL])
@@ -104,12 +104,6 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # file names may not be valid Unicode
     return path
-
-
-def _interest(image: Row) -> tuple[bool, bool, float]:
-    """Sorts missed defects first, then false alarms, then the others, each from the highest score down."""
-    missed = image.kind not in (None, NORMAL) and not image.flagged
-    return not missed, not (image.kind == NORMAL and image.flagged), -image.score
 
 
 def _template() -> Template:
