@@ -21,10 +21,10 @@ from blemish.files import CARD_FILE, write_bytes, write_json
 from blemish.normalisation import SpatialNormalisation
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
-from blemish.scores import TorchScorer
+from blemish.scores import Score, TorchScorer
 from blemish.tiling import Tiling
 
-FORMAT = 2
+FORMAT = 3
 DETECTOR_FILE = "detector.pt"
 PARTS = ("model", "score", "image", "tiling", "smoothing", "normalisation", "cleaning")
 """The sections of a run's config that make a detector; a checkpoint carries just these."""
@@ -53,30 +53,43 @@ def assemble(
     about: Mapping[str, Any] | None = None,
     device: str = "cpu",
     trusted: Sequence[str] | None = None,
+    score: Score | None = None,
 ) -> Detector:
-    """Put a detector together from the `PARTS` of a config and a trained model."""
+    """Put a detector together from the `PARTS` of a config and a trained model.
+
+    `score` is one that has learned of normal tiles; None builds a new one.
+    """
     parts = {name: config[name] for name in PARTS}
+    score = build(parts["score"], trusted, "score") if score is None else score
     return Detector(
-        scorer=TorchScorer(model, build(parts["score"], trusted, "score"), device),
+        scorer=TorchScorer(model, score, device),
         preprocess=build_section(Preprocess, parts, "image", trusted),
         tiling=build_section(Tiling, parts, "tiling", trusted),
         smoothing=build_section(Smoothing, parts, "smoothing", trusted),
         cleaning=build_section(Cleaning, parts, "cleaning", trusted),
         normalisation=normalisation,
-        fingerprint=fingerprint(parts, model.state_dict(), normalisation),
+        fingerprint=fingerprint(parts, model.state_dict(), score_state(score), normalisation),
         calibration=calibration,
         about=about or {},
     )
 
 
+def score_state(score: Score) -> dict[str, Tensor]:
+    """What a score has learned of normal tiles; nothing, for most."""
+    return dict(score.state_dict()) if isinstance(score, nn.Module) else {}
+
+
 def fingerprint(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], normalisation: SpatialNormalisation | None = None
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    score: Mapping[str, Tensor],
+    normalisation: SpatialNormalisation | None = None,
 ) -> str:
     """SHA-256 over all that shapes a score: weights, model, score, preprocessing, tiling, smoothing, normalisation."""
     shaping = {name: config[name] for name in PARTS if name != "cleaning"}
     shaping["tiling"] = {key: value for key, value in shaping["tiling"].items() if key != "batch"}
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
-    for name, tensor in sorted(state.items()):
+    for name, tensor in (*sorted(state.items()), *sorted(score.items())):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     if normalisation:
@@ -92,13 +105,13 @@ def save_detector(
     `config` is what `detector` was assembled from.
     """
     assert isinstance(detector.scorer, TorchScorer)
-    model, normalisation = detector.scorer.model, detector.normalisation
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    normalisation = detector.normalisation
     content = {
         "format": FORMAT,
         "version": about["version"],
         "config": {name: config[name] for name in PARTS},
-        "state_dict": state,
+        "state_dict": _on_cpu(detector.scorer.model.state_dict()),
+        "score_state": _on_cpu(score_state(detector.scorer.score)),
         "normalisation": (
             {name: torch.from_numpy(getattr(normalisation, name)) for name in ("location", "scale")}
             if normalisation
@@ -108,6 +121,10 @@ def save_detector(
         "about": dict(about),
     }
     _write(run, content)
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def replace_calibration(run: Path, calibration: Calibration) -> None:
@@ -147,7 +164,7 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {found}, this version of blemish reads {FORMAT}: use another version."
         )
-    missing = {"config", "state_dict", "normalisation", "calibration", "about"} - content.keys()
+    missing = {"config", "state_dict", "score_state", "normalisation", "calibration", "about"} - content.keys()
     missing |= {f"config.{name}" for name in PARTS if name not in content.get("config", PARTS)}
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}: it is damaged; train again.")
@@ -171,16 +188,21 @@ def load_detector(
     content = read_checkpoint(run)
     allowed = (*TRUSTED, *trusted)
     model = build(content["config"]["model"], allowed, "model")
-    try:
-        model.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
-        raise CheckpointError(f"The weights in {run} do not fit its model: {str(error).splitlines()[0]}") from error
+    score = build(content["config"]["score"], allowed, "score")
+    for part, state, name in ((model, content["state_dict"], "model"), (score, content["score_state"], "score")):
+        try:
+            if isinstance(part, nn.Module):
+                part.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"The weights in {run} do not fit its {name}: {str(error).splitlines()[0]}"
+            ) from error
     card = content["calibration"] if with_card else None
     calibration = Calibration.from_dict(card) if card else None
     statistics = content["normalisation"]
     normalisation = SpatialNormalisation(**{k: v.numpy() for k, v in statistics.items()}) if statistics else None
     return assemble(
-        content["config"], model, normalisation, calibration, content["about"], pick_device(device), allowed
+        content["config"], model, normalisation, calibration, content["about"], pick_device(device), allowed, score
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,14 @@ class Score(Protocol):
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> (B, 1, H, W), >= 0, higher is worse."""
+
+
+@runtime_checkable
+class FittableScore(Protocol):
+    """A score that learns of normal tiles after training, and keeps it in buffers, which the checkpoint carries."""
+
+    def fit(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Batches of normal tiles (B, C, H, W) in [0, 1], none of which calibrates."""
 
 
 class ResidualScore(nn.Module):

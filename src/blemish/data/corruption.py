@@ -5,25 +5,40 @@ Works on whole batches on the model's device and draws from torch's global gener
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.errors import ConfigError
+from blemish.data.fills import FILLS
+from blemish.data.shapes import SHAPES, uniform
+from blemish.errors import ConfigError, nearest_names
+
+
+class Corrupted(NamedTuple):
+    """What a training step sees.
+
+    input: (B, C, H, W), for the model; values may leave [0, 1]. target: (B, C, H, W), what it should make of it.
+    mask: (B, 1, H, W) in [0, 1], 1 where the input was corrupted.
+    """
+
+    input: Tensor
+    target: Tensor
+    mask: Tensor
 
 
 class Corruption(Protocol):
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> a corrupted copy of the same shape; values may leave [0, 1]."""
+    def __call__(self, x: Tensor) -> Corrupted:
+        """Clean tiles (B, C, H, W) in [0, 1], which stay as they are, to what a training step sees."""
 
 
 class NoCorruption:
     """The plain autoencoder: the input is the target."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x
+    def __call__(self, x: Tensor) -> Corrupted:
+        return Corrupted(x, x, torch.zeros_like(x[:, :1]))
 
 
 class GaussianNoise:
@@ -34,8 +49,8 @@ class GaussianNoise:
             raise ConfigError(f"Expected corruption.std >= 0, found {std}.")
         self.std = std
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x + self.std * torch.randn_like(x)
+    def __call__(self, x: Tensor) -> Corrupted:
+        return Corrupted(x + self.std * torch.randn_like(x), x, torch.ones_like(x[:, :1]))
 
 
 class CoarseNoise:
@@ -55,11 +70,139 @@ class CoarseNoise:
             raise ConfigError(f"Expected corruption.std >= 0 and corruption.cell >= 1, found {std} and {cell}.")
         self.std, self.cell = std, cell
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Corrupted:
         batch, channels, height, width = x.shape
         # One cell more than needed on each axis, of which a random window is cut: the grid has no fixed place.
         grid = (height // self.cell + 2, width // self.cell + 2)
         noise = torch.randn(batch, channels, *grid, device=x.device, dtype=x.dtype)
         noise = F.interpolate(noise, scale_factor=self.cell, mode="bilinear", align_corners=False)
         top, left = torch.randint(0, self.cell + 1, (2,)).tolist()
-        return x + self.std * noise[..., top : top + height, left : left + width]
+        noise = noise[..., top : top + height, left : left + width]
+        return Corrupted(x + self.std * noise, x, torch.ones_like(x[:, :1]))
+
+
+class GridMask:
+    """Inpainting: squares of a random grid lose their pixels to the tile's mean.
+
+    Source: Zavrtanik et al., Reconstruction by inpainting (RIAD), Pattern Recognition 2021: one of `parts` disjoint
+    sets of cells, of a size drawn from `cells`, is hidden, and the model fills it from what surrounds it.
+    `blemish.scores.Inpainting` hides them all in turn.
+
+    Raises:
+        ConfigError: no cell size, one below 1, or fewer than two parts.
+    """
+
+    def __init__(self, cells: Sequence[int] = (4, 8, 16), parts: int = 3) -> None:
+        if not cells or min(cells) < 1 or parts < 2:
+            raise ConfigError(
+                f"Expected corruption.cells of 1 pixel or more and corruption.parts >= 2, found {list(cells)} and "
+                f"{parts}."
+            )
+        self.cells, self.parts = list(cells), parts
+
+    def __call__(self, x: Tensor) -> Corrupted:
+        cell = self.cells[int(torch.randint(len(self.cells), ()))]
+        batch, _, height, width = x.shape
+        grid = torch.rand(batch, 1, -(-height // cell), -(-width // cell), device=x.device) < 1 / self.parts
+        mask = F.interpolate(grid.to(x.dtype), scale_factor=cell)[..., :height, :width]
+        return Corrupted(torch.lerp(x, x.mean(dim=(2, 3), keepdim=True), mask), x, mask)
+
+
+class Structured:
+    """Random shapes filled with other texture, another colour, noise, blur: what a defect might look like.
+
+    Training to repair such corruption is what takes reconstruction from chance to the state of the art: Bauer et
+    al., arXiv 2206.11723 and 2511.07233. Shapes and fills are in `data/shapes.py` and `data/fills.py`.
+
+    Args:
+        shapes, fills: names to choose from, each as often as any other; null takes all.
+        probability: that a tile has one corruption, given one that it has another, and so on, up to `most`.
+        smallest, largest: size of the shapes, as fractions of the tile's shorter side.
+        faintest: least opacity; opacities are uniform from there to 1.
+        anchor: standard deviation of the white noise that is put on input and target alike, which keeps the model
+            from moving what is normal (Bauer et al.).
+
+    Raises:
+        ConfigError: an argument is out of range, or a name unknown.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[str] | None = None,
+        fills: Sequence[str] | None = None,
+        probability: float = 0.7,
+        most: int = 3,
+        smallest: float = 0.03,
+        largest: float = 0.5,
+        faintest: float = 0.2,
+        anchor: float = 0.0,
+    ) -> None:
+        for name, chosen, known in (("shapes", shapes, SHAPES), ("fills", fills, FILLS)):
+            for word in chosen or ():
+                if word not in known:
+                    raise ConfigError(f"Unknown corruption.{name} '{word}': {nearest_names(word, known)}")
+        if not (0 < smallest <= largest <= 1 and 0 < faintest <= 1 and 0 <= probability <= 1):
+            raise ConfigError(
+                "Expected 0 < corruption.smallest <= corruption.largest <= 1, 0 < corruption.faintest <= 1 and "
+                f"0 <= corruption.probability <= 1, found {smallest}, {largest}, {faintest} and {probability}."
+            )
+        if most < 1 or anchor < 0:
+            raise ConfigError(f"Expected corruption.most >= 1 and corruption.anchor >= 0, found {most} and {anchor}.")
+        self.shapes = [SHAPES[name] for name in shapes or SHAPES]
+        self.fills = [FILLS[name] for name in fills or FILLS]
+        self.probability, self.most = probability, most
+        self.smallest, self.largest, self.faintest, self.anchor = smallest, largest, faintest, anchor
+
+    def __call__(self, x: Tensor) -> Corrupted:
+        again = (torch.rand(self.most, len(x), device=x.device) < self.probability).cumprod(0).bool()
+        layers, tiles = again.nonzero(as_tuple=True)
+        # All that is drawn, whatever the layer, is drawn at once: many small steps are slower than few large ones.
+        opacity, filling = self._opacities(len(tiles), x), self._fillings(x, tiles)
+        corrupted, covered = x.clone(), torch.zeros_like(x[:, :1])
+        for layer in range(self.most):
+            drawn, here = layers == layer, again[layer]
+            corrupted[here] = torch.lerp(corrupted[here], filling[drawn], opacity[drawn])
+            covered[here] = torch.maximum(covered[here], opacity[drawn])
+        corrupted.clamp_(0, 1)
+        mask = self._visible(x, corrupted) * (covered > 0.1)
+        if self.anchor:
+            noise = self.anchor * torch.randn_like(x)
+            return Corrupted(corrupted + noise, x + noise, mask)
+        return Corrupted(corrupted, x, mask)
+
+    def _opacities(self, count: int, x: Tensor) -> Tensor:
+        """A shape each: (count, 1, H, W)."""
+        # Drawn at half the resolution, which costs a quarter, and enlarged.
+        size = (-(-x.shape[2] // 2), -(-x.shape[3] // 2))
+        smallest, largest = (max(1.0, share * min(size)) for share in (self.smallest, self.largest))
+        opacity = torch.empty(count, 1, *size, device=x.device)
+        for shape, where in _deal(self.shapes, count, x.device):
+            opacity[where] = shape(len(where), size, smallest, largest, x.device)
+        opacity = F.interpolate(opacity, scale_factor=2, mode="bilinear")[..., : x.shape[2], : x.shape[3]].to(x.dtype)
+        return opacity * uniform(count, self.faintest, 1, x.device)
+
+    def _fillings(self, x: Tensor, tiles: Tensor) -> Tensor:
+        """A filling for each of the chosen tiles (numbers into x), made of it or of another of the batch."""
+        step = torch.randint(1, max(2, len(x)), (len(tiles),), device=x.device)
+        own, others = x[tiles], x[(tiles + step) % len(x)]
+        filling = torch.empty_like(own)
+        for fill, where in _deal(self.fills, len(tiles), x.device):
+            filling[where] = fill(own[where], others[where])
+        return filling
+
+    @staticmethod
+    def _visible(clean: Tensor, corrupted: Tensor) -> Tensor:
+        """1 where the corruption can be told from the tile: the mean change of 4 x 4 pixels against its contrast."""
+        change = F.avg_pool2d((corrupted - clean).abs().mean(1, keepdim=True), 4, 4, ceil_mode=True)
+        contrast = clean[..., ::2, ::2].std(dim=(1, 2, 3), keepdim=True).clamp(0.05, 0.25)
+        visible = (change > 0.2 * contrast).to(clean.dtype)
+        return F.interpolate(visible, scale_factor=4)[..., : clean.shape[2], : clean.shape[3]]
+
+
+def _deal(choices: Sequence[Any], count: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+    """Give each of `count` places one of the choices at random: those dealt to someone, with their places."""
+    dealt = torch.randint(len(choices), (count,), device=device)
+    for number, choice in enumerate(choices):
+        where = (dealt == number).nonzero()[:, 0]
+        if len(where):
+            yield choice, where

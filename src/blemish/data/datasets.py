@@ -121,6 +121,16 @@ class ValidationTiles(Dataset[Tensor]):
             tiles.append(image[top : top + self._size, left : left + self._size])
         return as_batch(tiles)
 
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """All tiles in order, (B, C, t, t) float32 in [0, 1], at most `size` at once."""
+        for first in range(0, len(self), size):
+            yield to_input(self.__getitems__(list(range(first, min(first + size, len(self))))).to(device))
+
+
+def to_input(batch: Tensor) -> Tensor:
+    """Tiles as they travel, uint8 or float32 -> float32 in [0, 1]."""
+    return batch.float().div_(255) if batch.dtype == torch.uint8 else batch
+
 
 def as_batch(tiles: Sequence[Pixels]) -> Tensor:
     """(t, t, C) tiles -> (B, C, t, t) in channels-last memory; uint8 stays, other dtypes become float32 in [0, 1]."""

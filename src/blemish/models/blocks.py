@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError, nearest_names
@@ -22,7 +24,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def conv_block(inputs: int, outputs: int, stride: int, normalisation: str, activation: str) -> nn.Sequential:
+def conv_block(
+    inputs: int, outputs: int, stride: int, normalisation: str, activation: str, dilation: int = 1
+) -> nn.Sequential:
     """3 x 3 convolution, normalisation, activation: (B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
     for kind, name, known in (
         ("normalisation", normalisation, NORMALISATIONS),
@@ -32,7 +36,7 @@ def conv_block(inputs: int, outputs: int, stride: int, normalisation: str, activ
             raise ConfigError(f"Unknown model.{kind} '{name}': {nearest_names(name, known)}")
     bias = normalisation == "none"
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=bias),
+        nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=bias),
         NORMALISATIONS[normalisation](outputs),
         ACTIVATIONS[activation](),
     )
@@ -75,6 +79,94 @@ class Encoder(nn.Sequential):
             layers.append(conv_block(features, features, 1, normalisation, activation))
             channels = features
         super().__init__(*layers)
+
+    def stages(self) -> list[nn.Sequential]:
+        """The layers of each level."""
+        layers = list(self)
+        return [nn.Sequential(*layers[first : first + 2]) for first in range(0, len(layers), 2)]
+
+
+class DilatedBlock(nn.Module):
+    """x + two convolutions of it, the first one dilated: (B, F, h, w) -> the same."""
+
+    def __init__(self, features: int, dilation: int, normalisation: str, activation: str) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            conv_block(features, features, 1, normalisation, activation, dilation),
+            conv_block(features, features, 1, normalisation, activation),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.layers(x)
+        return y
+
+
+def dilated_blocks(features: int, dilations: Sequence[int], normalisation: str, activation: str) -> nn.Sequential:
+    """One `DilatedBlock` for each dilation. Raises ConfigError if one is below 1."""
+    if any(not isinstance(dilation, int) or dilation < 1 for dilation in dilations):
+        raise ConfigError(f"Expected model.dilations to be positive whole numbers, found {list(dilations)}.")
+    return nn.Sequential(*(DilatedBlock(features, dilation, normalisation, activation) for dilation in dilations))
+
+
+class Skip(nn.Module):
+    """Joins the decoder's features (B, F, h, w) and the encoder's (B, G, h, w) of one level.
+
+    kind: "none" gives the decoder's alone, "full" (B, F + G, h, w), "gated" the same, the encoder's multiplied by a
+    number in [0, 1] that is computed from both at each place.
+    """
+
+    def __init__(self, kind: str, decoder: int, encoder: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.gate = nn.Conv2d(decoder + encoder, 1, 1) if kind == "gated" else None
+
+    def forward(self, decoder: Tensor, encoder: Tensor) -> Tensor:
+        if self.kind == "none":
+            return decoder
+        if self.gate is not None:
+            encoder = encoder * torch.sigmoid(self.gate(torch.cat([decoder, encoder], 1)))
+        return torch.cat([decoder, encoder], 1)
+
+
+class MaskHead(nn.Module):
+    """From observed and expected (B, C, H, W), and features (B, F, H / 2, W / 2), to logits (B, 1, H, W).
+
+    A small U-Net of its own, at half and lower resolutions.
+    """
+
+    def __init__(
+        self, channels: int, features: int, normalisation: str, activation: str, width: int = 16, depth: int = 3
+    ) -> None:
+        super().__init__()
+        inputs = 4 * 3 * channels + features
+        self.down, self.narrow = nn.ModuleList(), nn.ModuleList()
+        widths = level_widths(width, depth)
+        for level, features in enumerate(widths):
+            self.down.append(
+                nn.Sequential(
+                    conv_block(inputs, features, 1 if level == 0 else 2, normalisation, activation),
+                    conv_block(features, features, 1, normalisation, activation),
+                )
+            )
+            inputs = features
+        for level in reversed(range(depth - 1)):
+            self.narrow.append(
+                conv_block(widths[level + 1] + widths[level], widths[level], 1, normalisation, activation)
+            )
+        self.logits = nn.Conv2d(widths[0], 4, 3, padding=1)
+        assert self.logits.bias is not None
+        nn.init.constant_(self.logits.bias, -3.0)  # few pixels are corrupted
+
+    def forward(self, observed: Tensor, expected: Tensor, features: Tensor) -> Tensor:
+        pixels = torch.cat([observed, expected, (observed - expected).abs()], 1)
+        y = torch.cat([F.pixel_unshuffle(pixels, 2), features], 1)
+        levels = []
+        for down in self.down:
+            y = down(y)
+            levels.append(y)
+        for narrow, level in zip(self.narrow, reversed(levels[:-1]), strict=True):
+            y = narrow(torch.cat([F.interpolate(y, scale_factor=2.0), level], 1))
+        return F.pixel_shuffle(self.logits(y), 2)
 
 
 class Decoder(nn.Sequential):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from blemish.models.autoencoder import ConvAutoencoder
 from blemish.models.blocks import check_tile
-from blemish.models.contracts import Gaussian, Output
+from blemish.models.contracts import Gaussian, Latent, Output
 
 
 class VariationalAutoencoder(ConvAutoencoder):
@@ -27,4 +27,4 @@ class VariationalAutoencoder(ConvAutoencoder):
         # The bounds keep exp() finite in reduced precision; they lie far from any trained value.
         latent = Gaussian(mean, log_variance.clamp(-12.0, 12.0))
         code = latent.sample() if self.training else latent.mean
-        return Output(x, self.decoder(self.from_code(code)), latent)
+        return Output(x, self.decoder(self.from_code(code)), (Latent(latent),))

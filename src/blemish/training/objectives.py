@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError
@@ -12,48 +13,91 @@ from blemish.residuals import Residual
 
 
 class Loss(NamedTuple):
-    """`total` is minimised; all are scalars, `kl` in nats per pixel value and 0 for models without a latent."""
+    """Scalars. `total` is minimised; the others are its parts before weighting, 0 where a model lacks what they need.
+
+    kl: in nats per pixel value. mask: of the model's belief where it repaired. penalty: the model's own.
+    """
 
     total: Tensor
     reconstruction: Tensor
     kl: Tensor
+    mask: Tensor
+    penalty: Tensor
 
 
 class ReconstructionObjective(nn.Module):
-    """Mean residual, plus beta times the KL divergence for models with a latent distribution.
+    """Mean residual, plus what the model gives beside its reconstruction: KL divergence, mask, penalty.
 
     The KL term is divided by the number of pixel values of the tile, like the mean residual. With the l1
     residual this is the negative ELBO, up to constants, of a Laplace likelihood of scale beta; with l2, of a
     Gaussian of variance beta / 2. beta is thus in units of the noise that the model need not explain.
 
     Sources: Kingma and Welling, arXiv 1312.6114; beta: Higgins et al., ICLR 2017; warm-up: Bowman et al.,
-    arXiv 1511.06349; free bits: Kingma et al., arXiv 1606.04934.
+    arXiv 1511.06349; free bits: Kingma et al., arXiv 1606.04934; corrupted and clean regions: Bauer et al.,
+    arXiv 2206.11723; mask: focal loss (Lin et al., ICCV 2017, gamma 2), as in DRAEM, plus Dice loss.
 
     Args:
         residual: the per-pixel distance.
+        corrupted_weight: of a pixel that was corrupted, where a clean one has weight 1.
+        mask_weight: of the mask loss, for models that predict where they repaired.
+        penalty_weight: of the model's own penalty (of a code book, of a memory).
         beta: weight of the KL term, >= 0.
         warmup_steps: over which beta grows linearly from 0.
         free_bits: nats per latent dimension (batch mean) that cost nothing.
 
     Raises:
-        ConfigError: an argument is negative.
+        ConfigError: an argument is negative, or no pixel would count.
     """
 
-    def __init__(self, residual: Residual, beta: float = 0.01, warmup_steps: int = 0, free_bits: float = 0.0) -> None:
+    def __init__(
+        self,
+        residual: Residual,
+        corrupted_weight: float = 1.0,
+        mask_weight: float = 0.5,
+        penalty_weight: float = 1.0,
+        beta: float = 0.01,
+        warmup_steps: int = 0,
+        free_bits: float = 0.0,
+    ) -> None:
         super().__init__()
-        if min(beta, warmup_steps, free_bits) < 0:
-            raise ConfigError(
-                f"Expected objective.beta, warmup_steps and free_bits >= 0, found {beta}, {warmup_steps}, {free_bits}."
-            )
+        numbers = {
+            "corrupted_weight": corrupted_weight,
+            "mask_weight": mask_weight,
+            "penalty_weight": penalty_weight,
+            "beta": beta,
+            "warmup_steps": warmup_steps,
+            "free_bits": free_bits,
+        }
+        for name, value in numbers.items():
+            if value < 0:
+                raise ConfigError(f"Expected objective.{name} >= 0, found {value}.")
         self.residual = residual
+        self.corrupted_weight, self.mask_weight, self.penalty_weight = corrupted_weight, mask_weight, penalty_weight
         self.beta, self.warmup_steps, self.free_bits = beta, warmup_steps, free_bits
 
-    def forward(self, output: Output, target: Tensor, step: int) -> Loss:
-        """`target`: the clean tiles (B, C, H, W); `step`: optimiser steps done."""
-        reconstruction = self.residual(target, output.expected).mean()
-        if output.latent is None:
-            return Loss(reconstruction, reconstruction, reconstruction.new_zeros(()))
-        per_dimension = output.latent.kl().float().mean(dim=0)
-        kl = per_dimension.clamp(min=self.free_bits).sum() / target[0].numel()
+    def forward(self, output: Output, target: Tensor, mask: Tensor, step: int) -> Loss:
+        """`target`: the clean tiles (B, C, H, W); `mask`: (B, 1, H, W), 1 where corrupted; `step`: steps done."""
+        weight = 1 + (self.corrupted_weight - 1) * mask
+        reconstruction = (weight * self.residual(target, output.expected)).mean() / weight.mean().clamp(min=1e-6)
+        nothing = reconstruction.new_zeros(())
+        kl = nothing
+        for latent in output.latents:
+            kl = kl + latent.kl().float().mean(dim=0).clamp(min=self.free_bits).sum() / target[0].numel()
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return Loss(reconstruction + self.beta * warm * kl, reconstruction, kl)
+        found = nothing if output.repaired is None else mask_loss(output.repaired, mask)
+        penalty = nothing if output.penalty is None else output.penalty.float()
+        total = reconstruction + self.beta * warm * kl + self.mask_weight * found + self.penalty_weight * penalty
+        return Loss(total, reconstruction, kl, found, penalty)
+
+
+def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Ten times the focal loss (gamma 2), plus the Dice loss over the batch: (B, 1, H, W) x 2 -> a scalar.
+
+    The focal loss alone would let a small defect vanish in the mean; the Dice loss alone is blind to clean tiles.
+    """
+    logits, mask = logits.float(), mask.float()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
+    found = logits.sigmoid()
+    focal = (cross_entropy * (found - mask).abs().square()).mean()
+    dice = 1 - (2 * (found * mask).sum() + 1) / (found.sum() + mask.sum() + 1)
+    return 10 * focal + dice

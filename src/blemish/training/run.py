@@ -27,7 +27,7 @@ from blemish.errors import ConfigError, DataError, ImageError
 from blemish.files import write_json, write_text
 from blemish.normalisation import NormalisationSettings
 from blemish.preprocess import Preprocess
-from blemish.scores import Score
+from blemish.scores import FittableScore, Score
 from blemish.tiling import Tiling
 from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
@@ -207,11 +207,13 @@ def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts
         "trained_groups": sorted({item.record.group for item in seen if item.record.group is not None}),
     }
     device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
-    detector = assemble(settings, model, about=about, device=device)
+    if isinstance(parts.score, FittableScore):
+        parts.score.fit(model.eval().to(device), parts.validation.batches(parts.training.batch_size, device))
+    detector = assemble(settings, model, about=about, device=device, score=parts.score)
     if parts.normalisation.kind != "none":
         source = [item.record.path for item in splits.of(parts.normalisation.source)]
         normalisation = pipeline.fit_normalisation(detector, source, parts.normalisation)
-        detector = assemble(settings, model, normalisation, about=about, device=device)
+        detector = assemble(settings, model, normalisation, about=about, device=device, score=parts.score)
     calibration = pipeline.calibrate(detector, splits.of("calibration"), *read_settings(settings["calibration"]))
     about["status"] = "done"
     save_detector(run, settings, detector, calibration, about | trained)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blemish.data.corruption import Corruption
+from blemish.data.datasets import to_input
 from blemish.training.objectives import Loss, ReconstructionObjective
 
 
@@ -48,19 +49,19 @@ class ReconstructionTask(pl.LightningModule):
         torch.manual_seed(_mix(self.seed, -1, self.global_rank))  # the same noise at every validation
 
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
-        # Tiles travel as uint8, a quarter of the bytes.
-        x = batch.float().div_(255) if batch.dtype == torch.uint8 else batch
-        return x.contiguous(memory_format=self._format)
+        return to_input(batch).contiguous(memory_format=self._format)  # they travel as uint8, a quarter of the bytes
 
     def _loss(self, x: Tensor) -> Loss:
-        loss: Loss = self.objective(self.model(self.corruption(x)), x, self.global_step)
+        corrupted = self.corruption(x)
+        output = self.model(corrupted.input.contiguous(memory_format=self._format))
+        loss: Loss = self.objective(output, corrupted.target, corrupted.mask, self.global_step)
         return loss
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
         self.log("train/loss", loss.total, prog_bar=True)
-        self.log("train/reconstruction", loss.reconstruction)
-        self.log("train/kl", loss.kl)
+        for name in ("reconstruction", "kl", "mask", "penalty"):
+            self.log(f"train/{name}", getattr(loss, name))
         return loss.total
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
