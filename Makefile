@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint types check benchmark prove clean
+.PHONY: help demo test test-slow lint types check benchmark benchmark-models prove clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ check: lint types test ## everything that a change must pass
 benchmark: $(STAMP) ## training and prediction speed, as ratios to bare PyTorch
 	$(BIN)/python scripts/benchmark_training.py
 	$(BIN)/python scripts/benchmark_prediction.py
+
+benchmark-models: $(STAMP) ## models x data sets x seeds, resumable (DATA="data.NAME=FOLDER ..." names the data sets)
+	$(BIN)/python scripts/benchmark.py scripts/benchmark.yaml out=runs/benchmark $(DATA)
 
 prove: $(STAMP) ## repeat calibration and test on real images, against the exact laws (DATA="--dice DIR" adds more)
 	$(BIN)/python scripts/prove_calibration.py proof $(DATA)

@@ -21,7 +21,8 @@ from blemish.files import CARD_FILE, write_bytes, write_json
 from blemish.normalisation import SpatialNormalisation
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
-from blemish.scores import Score, TorchScorer
+from blemish.scores.contracts import Score
+from blemish.scores.engine import TorchScorer
 from blemish.tiling import Tiling
 
 FORMAT = 3
@@ -62,7 +63,7 @@ def assemble(
     parts = {name: config[name] for name in PARTS}
     score = build(parts["score"], trusted, "score") if score is None else score
     return Detector(
-        scorer=TorchScorer(model, score, device),
+        scorer=TorchScorer(model, score, device, parts["tiling"].get("standardise", False)),
         preprocess=build_section(Preprocess, parts, "image", trusted),
         tiling=build_section(Tiling, parts, "tiling", trusted),
         smoothing=build_section(Smoothing, parts, "smoothing", trusted),

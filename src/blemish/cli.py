@@ -6,13 +6,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from blemish import __version__
-from blemish.commands import ACTIONS, BUG, DONE, INTERRUPTED, MISTAKE, dated
+from blemish.commands import ACTIONS, BUG, DONE, INTERRUPTED, MISTAKE, dated, train
 from blemish.errors import BlemishError, ConfigError, nearest_names
+from blemish.sweep import Choice, Ending, Interval, Report, read_settings, sweep
 
 _VERBS = {
     "train": "train, calibrate and, where there is a test part, evaluate",
@@ -50,29 +51,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"blemish {__version__}")
         raise SystemExit(DONE)
     try:
-        code = _run(words[0], words[1:])
-    except BlemishError as error:
-        print(f"blemish: {error}", file=sys.stderr)
-        code = MISTAKE
-    except OSError as error:
-        print(f"blemish: {error.filename or 'A file'}: {error.strerror or error}.", file=sys.stderr)
-        code = MISTAKE
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            print(
-                "blemish: the device is out of memory: lower training.batch_size, tiling.batch or tiling.size.",
-                file=sys.stderr,
-            )
-            raise SystemExit(MISTAKE) from error
-        traceback.print_exc()
-        print(
-            "blemish: this is a bug in blemish, not in what you asked; please report the lines above.", file=sys.stderr
-        )
-        code = BUG
-    except KeyboardInterrupt:
-        print(f"blemish: interrupted{_GOES_ON.get(words[0], '')}.", file=sys.stderr)
+        code = _explained(lambda: _run(words[0], words[1:])).code
+    except KeyboardInterrupt as stopped:
+        goes_on = stopped.args[0] if stopped.args else _GOES_ON.get(words[0], "")
+        print(f"blemish: interrupted{goes_on}.", file=sys.stderr)
         code = INTERRUPTED
     raise SystemExit(code)
+
+
+def _explained(action: Callable[[], int]) -> Ending:
+    """Do it; whatever goes wrong is said on stderr in one sentence, after a traceback if the mistake is ours."""
+    try:
+        return Ending(action())
+    except BlemishError as error:
+        ending = Ending(MISTAKE, str(error))
+    except OSError as error:
+        ending = Ending(MISTAKE, f"{error.filename or 'A file'}: {error.strerror or error}.")
+    except Exception as error:
+        if type(error).__name__ == "Pruned":  # like the next one, of a module that is heavy to import
+            return Ending(DONE, str(error), pruned=True)
+        if type(error).__name__ == "OutOfMemoryError":
+            advice = "lower training.batch_size, tiling.batch or tiling.size."
+            ending = Ending(MISTAKE, f"the device is out of memory: {advice}")
+        else:
+            traceback.print_exc()
+            ending = Ending(BUG, "this is a bug in blemish, not in what you asked; please report the lines above.")
+    print(f"blemish: {ending.sentence}", file=sys.stderr)
+    return ending
 
 
 def _usage() -> str:
@@ -95,41 +100,124 @@ def _run(verb: str, words: list[str]) -> int:
     if verb not in _VERBS:
         raise ConfigError(f"There is no verb '{verb}': {nearest_names(verb, _VERBS)}")
     flags = {word for word in words if word.startswith("-")}
-    sweep = bool(flags & {"--multirun", "-m"})
+    many = bool(flags & {"--multirun", "-m"})
     overrides, options = [], []
     for word, before in zip(words, ["", *words], strict=False):
         if word.startswith("-") or before in ("--cfg", "-c"):  # which take a word of their own
             options.append(word)
         else:
-            overrides.append(_tidy(verb, word, sweep))
-    if sweep and verb != "train":
+            overrides.append(_tidy(verb, word, many))
+    if many and verb != "train":
         raise ConfigError(f"Only `blemish train` sweeps: call `blemish {verb}` once for each value.")
-    config = _compose(verb, overrides, sweep)
+    config = _compose(verb, overrides, many)
+    if many and flags <= {"--multirun", "-m"} and not any(word.startswith("hydra") for word in overrides):
+        return _sweep(config, overrides)
     if flags:
-        return _hand_to_hydra(verb, overrides, options, sweep)
+        return _hand_to_hydra(verb, overrides, options, many)
+    for_sweeps = [word for word in overrides if verb == "train" and _is_for_sweeps(word)]
+    if for_sweeps:
+        raise ConfigError(f"'{for_sweeps[0]}' is for a sweep: add --multirun.")
     return ACTIONS[verb](config, overrides)
 
 
-def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], sweep: bool) -> int:
-    """Sweeps, --help, --cfg and the like; a mistake in one run of a sweep ends that run only."""
+def _is_for_sweeps(word: str) -> bool:
+    return word.partition("=")[0].partition(".")[0] == "sweep"
+
+
+def _sweep(config: Any, words: list[str]) -> int:
+    """Divide the words into what stays and what varies, and train every run."""
+    from omegaconf import OmegaConf
+
+    from blemish.evaluation.synthetic import check_metric, read_metric
+
+    settings = read_settings(dict(config.sweep))
+    metric = check_metric(config.optimized_metric)
+    if config.resume is not None:
+        raise ConfigError("resume= continues one run: a sweep goes on when its command is given again, with its out=.")
+    if OmegaConf.is_missing(config.data, "root"):
+        raise ConfigError("The setting data.root is missing: give it, as in `blemish train --multirun data.root=DIR`.")
+    if settings.sampler != "grid" and not config.synthetic.images:
+        raise ConfigError("sweep=optuna looks for synthetic defects: set synthetic.images above 0.")
+    defaults = _defaults("train", words)
+    fixed: list[str] = []
+    space: list[Choice | Interval] = []
+    for word in words:
+        part = _varied(word, defaults)
+        key = word.partition("=")[0]
+        if part is None:
+            if not _is_for_sweeps(word) and key != "out":
+                fixed.append(word)
+        elif _is_for_sweeps(word) or key in ("out", "optimized_metric", "synthetic.images"):
+            raise ConfigError(f"'{word}' names several values: in a sweep, {key} takes one.")
+        elif isinstance(part, Choice) and len(part.values) == 1:
+            fixed.append(f"{part.key}={part.values[0]}")
+        else:
+            space.append(part)
+    out = Path(config.out) if config.out is not None else dated("runs")
+    print(f"sweep folder: {out}", flush=True)
+    return sweep(out, settings, fixed, space, metric, train_one, read_metric)
+
+
+def train_one(words: list[str], folder: Path, resume: bool, report: Report | None) -> Ending:
+    """One run of a sweep: a mistake in it is said, and ends that run only."""
+
+    def action() -> int:
+        config = _compose("train", words, False)
+        config["resume" if resume else "out"] = str(folder)
+        return train(config, words, report)
+
+    return _explained(action)
+
+
+def _varied(word: str, defaults: dict[str, Any]) -> Choice | Interval | None:
+    """What a word of a sweep leaves open; None if it names one value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import IntervalSweep
+    from hydra.errors import HydraException
+
+    parsed = OverridesParser.create().parse_override(word)
+    if not parsed.is_sweep_override():
+        return None
+    key, value = parsed.get_key_element(), parsed.value()
+    if not isinstance(value, IntervalSweep):
+        try:
+            return Choice(key, tuple(parsed.sweep_string_iterator()))
+        except HydraException as error:
+            raise ConfigError(f"The setting '{word}' cannot be used: name its values one by one.") from error
+    assert value.start is not None and value.end is not None
+    low, high = value.start, value.end
+    default = defaults
+    for name in key.split("."):
+        default = default.get(name) if isinstance(default, dict) else None  # type: ignore[assignment]
+    log = "log" in value.tags
+    if not low < high or (log and low <= 0):
+        raise ConfigError(f"Expected '{word}' to go from a smaller to a larger number{', above 0' * log}.")
+    integer = isinstance(low, int) or (isinstance(default, int) and not isinstance(default, bool))
+    if integer and (low != int(low) or high != int(high)):
+        raise ConfigError(f"The setting {key} expects whole numbers, found '{word}'.")
+    return Interval(key, float(low), float(high), integer, log)
+
+
+def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], many: bool) -> int:
+    """--help, --cfg and the like, and sweeps by a sweeper or launcher of Hydra's: these are told the figure."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    if sweep:
+    from blemish.evaluation.synthetic import check_metric, read_metric
+
+    if many:
         out = next((word.partition("=")[2] for word in overrides if word.startswith("out=")), str(dated("runs")))
         overrides = [*overrides, f"hydra.sweep.dir={out}", "hydra.sweep.subdir=${hydra.job.num}"]
     codes: list[int] = []
 
-    def task(config: Any) -> None:
+    def task(config: Any) -> float | None:
         job = HydraConfig.get()
-        if sweep:
+        if many:
             config.out = str(Path(job.sweep.dir) / str(job.sweep.subdir))
             print(f"run {job.job.num}: {' '.join(job.overrides.task)}")
-        try:
-            codes.append(ACTIONS[verb](config, [str(word) for word in job.overrides.task]))
-        except (BlemishError, OSError) as error:  # said here: Hydra would print a traceback
-            print(f"blemish: {error}", file=sys.stderr)
-            codes.append(MISTAKE)
+        words = [str(word) for word in job.overrides.task]
+        codes.append(_explained(lambda: ACTIONS[verb](config, words)).code)  # Hydra would print a traceback
+        return read_metric(Path(config.out), check_metric(config.optimized_metric)) if many else None
 
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)
     before = sys.argv
@@ -144,7 +232,7 @@ def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], sweep: b
 # --- the command line: paths, positionals, unknown names ------------------------------------------------------
 
 
-def _tidy(verb: str, word: str, sweep: bool) -> str:
+def _tidy(verb: str, word: str, many: bool) -> str:
     """Turn a positional into KEY=VALUE, and quote paths, so that spaces, commas and brackets in them are literal."""
     key, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"[+~]{0,2}\w[\w.@/]*", key) or (verb in _POSITIONAL and _exists(word)):
@@ -152,7 +240,7 @@ def _tidy(verb: str, word: str, sweep: bool) -> str:
             raise ConfigError(f"Expected settings as KEY=VALUE, found '{word}'; see `blemish {verb} --help`.")
         key, value = _POSITIONAL[verb], word
     if key in _PATHS and value not in ("", "null") and value[0] not in "'\"":
-        is_list = value[0] == "[" or (sweep and "," in value)
+        is_list = value[0] == "[" or (many and "," in value)
         if not is_list or _exists(value):
             # Inside Hydra's quotes a backslash is itself, unless it stands before a quote; ${ would be looked up.
             escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value).replace("${", "\\${")
@@ -165,7 +253,7 @@ def _exists(word: str) -> bool:
     return os.path.exists(word)  # noqa: PTH110 (a word may be no valid path; this says no to those, too)
 
 
-def _compose(verb: str, words: Sequence[str], sweep: bool) -> Any:
+def _compose(verb: str, words: Sequence[str], many: bool) -> Any:
     """The settings of a verb; in a sweep, those of its first run, all other choices having been tried."""
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -186,9 +274,13 @@ def _compose(verb: str, words: Sequence[str], sweep: bool) -> Any:
         if not parsed.is_sweep_override():
             first.append(word)
             continue
-        if not sweep:
+        if not many:
             raise ConfigError(f"'{word}' names several values: add --multirun to sweep over them.")
-        choices = [f"{parsed.get_key_element()}={choice}" for choice in parsed.sweep_string_iterator()]
+        part = _varied(word, defaults)
+        assert part is not None
+        ends = () if isinstance(part, Choice) else (part.low, part.high)
+        values = part.values if isinstance(part, Choice) else [str(int(x) if part.integer else x) for x in ends]
+        choices = [f"{part.key}={value}" for value in values]
         first.append(choices[0])
         others += choices[1:]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):

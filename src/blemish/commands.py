@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blemish.errors import ConfigError
+from blemish.sweep import LOG_FILE, Report
 
 if TYPE_CHECKING:
     from blemish.calibration import Calibration
@@ -59,7 +60,8 @@ def _read(data: dict[str, Any]) -> Records:
     return records
 
 
-def _train(config: Any, overrides: list[str]) -> int:
+def train(config: Any, overrides: list[str], report: Report | None = None) -> int:
+    """The verb `train`; in a search, `report` is told a figure after every epoch, and may end it (`Pruned`)."""
     if config.resume is not None:
         run = Path(config.resume)
         others = [word for word in overrides if not word.startswith("resume=")]
@@ -69,11 +71,11 @@ def _train(config: Any, overrides: list[str]) -> int:
             )
         from blemish.training.run import resume
 
-        finished = resume(run, lambda data: _read(data).sound())
+        finished = resume(run, lambda data: _read(data).sound(), report)
     else:
         _required(config, "data.root", "train data=folder data.root=DIR")
         run = Path(config.out) if config.out is not None else dated("runs")
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(item.name != LOG_FILE for item in run.iterdir())):
             raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
         from blemish.training.run import common_channels, start
 
@@ -82,8 +84,13 @@ def _train(config: Any, overrides: list[str]) -> int:
         if config.image.channels is None:
             normals = [record.path for record in records if record.is_normal and record.split != "test"]
             config.image.channels = common_channels(normals)
-        finished = start(run, _plain(config), records, overrides)
+        settings = {key: value for key, value in _plain(config).items() if key != "sweep"}
+        finished = start(run, settings, records, overrides, report)
     _print_calibration(finished.calibration)
+    if finished.synthetic:
+        from blemish.evaluation.synthetic import in_words
+
+        print(in_words(finished.synthetic))
     code = _print_metrics(finished.metrics, finished.calibration) if finished.metrics else DONE
     _write_report(run)
     print(f"run folder: {run}")
@@ -276,7 +283,7 @@ def _compare(config: Any, overrides: list[str]) -> int:
 
 
 ACTIONS: dict[str, Callable[[Any, list[str]], int]] = {
-    "train": _train,
+    "train": train,
     "calibrate": _calibrate,
     "evaluate": _evaluate,
     "predict": _predict,

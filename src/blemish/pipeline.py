@@ -28,6 +28,7 @@ from blemish.detector import Detector
 from blemish.drift import Drift
 from blemish.errors import BlemishError, CalibrationError, ConfigError, DataError, ImageError
 from blemish.evaluation.metrics import Evaluation
+from blemish.evaluation.synthetic import read_metric
 from blemish.files import CARD_FILE, GALLERY_FILE, write_csv, write_json
 from blemish.mask_rules import MaskRule
 from blemish.monitoring import Monitor
@@ -426,13 +427,16 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
     runs = sorted(path.parent for path in folder.rglob("run.json"))
     if not runs:
         raise DataError(f"No run found below {folder}: expected folders with a run.json, as `blemish train` makes.")
-    settings = [_overrides(json.loads((run / "run.json").read_text(encoding="utf-8"))) for run in runs]
+    about = [json.loads((run / "run.json").read_text(encoding="utf-8")) for run in runs]
+    settings = [_overrides(one) for one in about]
     keys = sorted(set().union(*settings) - {"out"})
     differing = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
     figures = ("image_auroc", "image_ap", "pixel_auroc", "aupro_0.3")
+    notes = {"done": "no test part", "pruned": "stopped early by the sweep"}
     rows: list[list[object]] = []
-    for run, setting in zip(runs, settings, strict=True):
+    for run, setting, one in zip(runs, settings, about, strict=True):
         row: list[object] = [str(run.relative_to(folder)), *(setting.get(key) for key in differing)]
+        row.append(read_metric(run, "synthetic/mean"))
         if (run / "metrics.json").is_file():
             metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
             overall = metrics["overall"]
@@ -441,10 +445,10 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
             stale = metrics["made"]["calibration"]["threshold"] != card["threshold"]
             row += [metrics["normals"]["false_alarm_rate"], "recalibrated since: evaluate again" if stale else ""]
         else:
-            finished = (run / "detector.pt").is_file()
-            row += [None] * (len(figures) + 2) + ["no test part" if finished else "unfinished or failed"]
+            state = "done" if (run / "detector.pt").is_file() else one.get("status")
+            row += [None] * (len(figures) + 2) + [notes.get(state, "unfinished or failed")]
         rows.append(row)
-    return ["run", *differing, *figures, "calibrated_f1", "false_alarm_rate", "note"], rows
+    return ["run", *differing, "synthetic_mean", *figures, "calibrated_f1", "false_alarm_rate", "note"], rows
 
 
 def _overrides(about: Mapping[str, Any]) -> dict[str, str]:

@@ -22,7 +22,8 @@ class Tiling:
 
     (Or all but one pixel, if the fraction leaves less than that.)
 
-    `batch` is the number of tiles scored at once.
+    `batch` is the number of tiles scored at once. With `standardise`, every tile is brought to one brightness and
+    contrast before the model sees it (`standardise.py`): for light that changes from image to image.
 
     Raises:
         ConfigError: a value is out of range.
@@ -31,6 +32,7 @@ class Tiling:
     size: int = 128
     overlap: float = 0.25
     batch: int = 32
+    standardise: bool = False
 
     def __post_init__(self) -> None:
         if (

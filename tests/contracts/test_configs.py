@@ -13,7 +13,7 @@ from blemish.build import build
 from blemish.cli import config_folder
 from blemish.commands import ACTIONS
 
-GROUPS = ("model", "residual", "corruption", "augment", "data", "trainer")
+GROUPS = ("model", "residual", "score", "corruption", "augment", "data", "trainer")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 MASK_SETTINGS = ("mask_rule", "tau", "region_area")
 every_option = pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}-{o}" for g, o in OPTIONS])
@@ -56,6 +56,15 @@ def test_option_composes_and_fits_its_target(settings, group, option):
 def test_training_and_scoring_use_the_residual_that_was_chosen(settings, option):
     composed = settings(f"residual={option}", "image.channels=1")
     assert composed["objective"]["residual"] == composed["score"]["residual"] == composed["residual"]
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "score"])
+def test_every_score_uses_the_residual_that_was_chosen(settings, option):
+    composed = settings(f"score={option}", "residual=ms_ssim", "image.channels=1")
+    parts = [part for _, part in targets(composed["score"])]
+    assert all(part["residual"] == composed["residual"] for part in parts if "residual" in part)
+    own = yaml.safe_load((config_folder() / "score" / f"{option}.yaml").read_text("utf-8"))
+    assert all(part["_target_"].startswith("blemish.scores.") for _, part in targets(own)), "write ${residual}"
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "model"])

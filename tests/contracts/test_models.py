@@ -4,15 +4,25 @@ import io
 
 import pytest
 import torch
+import yaml
 
 from blemish.build import TRUSTED, build
 from blemish.cli import config_folder
 from blemish.errors import ConfigError
-from blemish.models.contracts import Gaussian, Output
+from blemish.models.contracts import Gaussian, Latent, Output
 
-FILES = sorted((config_folder() / "model").glob("*.yaml"))
-every_model = pytest.mark.parametrize("name", [file.stem for file in FILES])
-halving_model = pytest.mark.parametrize("name", [file.stem for file in FILES if "\ndepth:" in file.read_text("utf-8")])
+ARGUMENTS = {
+    file.stem: yaml.safe_load(file.read_text("utf-8")).keys()
+    for file in sorted((config_folder() / "model").glob("*.yaml"))
+}
+
+
+def having(argument):
+    return [name for name, arguments in ARGUMENTS.items() if argument in arguments]
+
+
+every_model = pytest.mark.parametrize("name", ARGUMENTS)
+halving_model = pytest.mark.parametrize("name", having("depth"))
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 64
 
@@ -36,13 +46,21 @@ def make(settings):
     return build_model
 
 
+def everything(output):
+    """One number that every part of an output has a share in."""
+    shares = [(output.expected - output.observed).square().mean()]
+    shares += [latent.kl().mean() for latent in output.latents]
+    shares += [output.penalty] if output.penalty is not None else []
+    shares += [output.repaired.sigmoid().mean()] if output.repaired is not None else []
+    return sum(shares)
+
+
 def trained_a_little(model, x):
     """One step of gradient, so that weights and running statistics are no longer those of the start."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if parameters:
         optimizer = torch.optim.SGD(parameters, 0.01)
-        output = model.train()(x)
-        (output.expected - output.observed).square().mean().backward()
+        everything(model.train()(x)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
@@ -51,6 +69,14 @@ def trained_a_little(model, x):
 @torch.no_grad()
 def expected_by(model, x):
     return model.eval()(x).expected
+
+
+@torch.no_grad()
+def evaluated(model, x):
+    """All that a model gives in evaluation, part by part."""
+    observed, expected, latents, penalty, repaired = model.eval()(x)
+    levels = [part for latent in latents for gaussian in latent if gaussian is not None for part in gaussian]
+    return [part for part in (observed, expected, *levels, penalty, repaired) if part is not None]
 
 
 @every_model
@@ -68,21 +94,49 @@ def test_observed_and_expected_have_one_shape(make, name, channels, size, traini
     assert torch.isfinite(output.expected).all()
 
 
+def assert_distribution(gaussian, count):
+    assert type(gaussian) is Gaussian
+    assert gaussian.mean.shape == gaussian.log_variance.shape
+    assert gaussian.mean.ndim in (2, 4)
+    assert len(gaussian.mean) == count
+
+
 @every_model
 @pytest.mark.parametrize("training", [True, False])
-def test_latent_is_a_distribution_or_nothing(make, name, training):
-    latent = make(name).train(training)(tiles()).latent
-    if latent is not None:
-        assert type(latent) is Gaussian
-        assert latent.mean.shape == latent.log_variance.shape
-        assert len(latent.mean) == 3
+def test_latents_are_distributions_with_a_prior_of_their_shape(make, name, training):
+    latents = make(name).train(training)(tiles()).latents
+    assert type(latents) is tuple
+    for latent in latents:
+        assert type(latent) is Latent
+        assert_distribution(latent.posterior, 3)
+        if latent.prior is not None:
+            assert_distribution(latent.prior, 3)
+            assert latent.prior.mean.shape == latent.posterior.mean.shape
+        assert (latent.kl() > -1e-5).all()
+
+
+@every_model
+@pytest.mark.parametrize("training", [True, False])
+def test_penalty_is_a_finite_scalar_or_nothing(make, name, training):
+    penalty = make(name).train(training)(tiles()).penalty
+    assert penalty is None or (penalty.ndim == 0 and 0 <= penalty < float("inf"))
+
+
+@every_model
+@every_channels
+@pytest.mark.parametrize("size", [64, 96])
+def test_repaired_is_one_logit_a_pixel_or_nothing(make, name, channels, size):
+    output = make(name, channels, size).train()(tiles(channels, size))
+    if output.repaired is not None:
+        assert output.repaired.shape == (3, 1, *output.expected.shape[-2:])
+        assert torch.isfinite(output.repaired).all()
 
 
 @every_model
 def test_a_latent_is_drawn_anew_in_training(make, name):
     model = make(name).train()
     first, second = model(tiles()), model(tiles())
-    assert first.latent is None or not torch.equal(first.expected, second.expected)
+    assert not first.latents or not torch.equal(first.expected, second.expected)
 
 
 @every_model
@@ -95,10 +149,9 @@ def test_input_is_left_as_it_was(make, name):
 @every_model
 def test_gradient_reaches_every_parameter(make, name):
     model = make(name).train()
-    output = model(tiles())
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     if parameters:
-        (output.expected - output.observed).square().mean().backward()
+        everything(model(tiles())).backward()
     unreached = [
         key
         for key, value in parameters.items()
@@ -111,9 +164,11 @@ def test_gradient_reaches_every_parameter(make, name):
 def test_evaluation_repeats_bit_for_bit(make, name):
     model = make(name)
     torch.manual_seed(1)
-    first = expected_by(model, tiles())
+    first = evaluated(model, tiles())
     torch.manual_seed(2)
-    assert torch.equal(first, expected_by(model, tiles()))
+    second = evaluated(model, tiles())
+    assert len(first) == len(second)
+    assert all(map(torch.equal, first, second))
 
 
 @every_model
@@ -187,7 +242,7 @@ def variant(settings):
     return build_variant
 
 
-@halving_model
+@pytest.mark.parametrize("name", having("tile_size"))
 def test_a_flat_latent_fits_its_own_tile_only(variant, name):
     model = variant(name, latent="flat").eval()
     assert model(tiles()).expected.shape == (3, 1, SIZE, SIZE)
@@ -195,35 +250,57 @@ def test_a_flat_latent_fits_its_own_tile_only(variant, name):
         model(tiles(size=96))
 
 
-@halving_model
+IMPOSSIBLE = [
+    ({"channels": 2}, r"model\.channels 1 \(grey\) or 3 \(colour\), found 2"),
+    ({"depth": 0}, r"model\.depth to be a positive whole number, found 0"),
+    ({"depth": 9}, r"model\.depth of at most 8"),
+    ({"width": 1.5}, r"model\.width to be a positive whole number, found 1\.5"),
+    ({"latent_dim": -4}, r"model\.latent_dim to be a positive whole number, found -4"),
+    ({"latent": "flatt"}, r"Unknown model\.latent 'flatt': did you mean 'flat'\?"),
+    ({"latent": "flat", "tile_size": None}, r"A flat latent needs model\.tile_size"),
+    ({"skips": "ful"}, r"Unknown model\.skips 'ful': did you mean 'full'\?"),
+    ({"dilations": [1, 0]}, r"model\.dilations to be positive whole numbers, found \[1, 0\]"),
+    ({"normalisation": "layer"}, r"Unknown model\.normalisation 'layer'"),
+    ({"activation": "rel"}, r"Unknown model\.activation 'rel': did you mean 'relu'"),
+    ({"fine_dim": 0}, r"model\.fine_dim to be a positive whole number, found 0"),
+    ({"codes": 1}, r"model\.codes to be a whole number of at least 2, found 1"),
+    ({"decay": 1.0}, r"model\.decay between 0 and 1, found 1\.0"),
+    ({"commitment": -1}, r"model\.commitment >= 0, found -1"),
+    ({"slots": 0}, r"model\.slots to be a whole number of at least 2, found 0"),
+    ({"blocks": 3}, r"model\.blocks to divide model\.latent_dim \(64\), found 3"),
+    ({"shrinkage": 256}, r"model\.shrinkage in \[0, model\.slots\) = \[0, 256\), found 256"),
+    ({"entropy_weight": -1}, r"model\.entropy_weight >= 0, found -1"),
+    ({"sigma": 0}, r"model\.sigma > 0, in pixels, found 0"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"channels": 2}, r"model\.channels 1 \(grey\) or 3 \(colour\), found 2"),
-        ({"depth": 0}, r"model\.depth to be a positive whole number, found 0"),
-        ({"depth": 9}, r"model\.depth of at most 8"),
-        ({"width": 1.5}, r"model\.width to be a positive whole number, found 1\.5"),
-        ({"latent_dim": -4}, r"model\.latent_dim to be a positive whole number, found -4"),
-        ({"latent": "flatt"}, r"Unknown model\.latent 'flatt': did you mean 'flat'\?"),
-        ({"latent": "flat", "tile_size": None}, r"A flat latent needs model\.tile_size"),
-        ({"normalisation": "layer"}, r"Unknown model\.normalisation 'layer'"),
-        ({"activation": "rel"}, r"Unknown model\.activation 'rel': did you mean 'relu'"),
-        ({"width_": 3}, r"^model does not fit .*'width_'"),
-    ],
+    ("name", "change", "sentence"),
+    [(name, *row) for row in IMPOSSIBLE for name in having("depth") if row[0].keys() <= ARGUMENTS[name]],
 )
 def test_impossible_architecture_is_refused_in_words(variant, name, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
         variant(name, **change)
 
 
-@halving_model
-@pytest.mark.parametrize("latent", ["spatial", "flat"])
+@every_model
+def test_an_unknown_argument_is_refused_in_words(variant, name):
+    with pytest.raises(ConfigError, match=r"^model does not fit .*'width_'"):
+        variant(name, width_=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, {}) for name in having("depth")]
+    + [(name, {"latent": "flat", "tile_size": 16}) for name in having("tile_size")]
+    + [(name, {"skips": skips}) for name in having("skips") for skips in ("none", "gated", "full")]
+    + [(name, {"mask_head": head}) for name in having("mask_head") for head in (True, False)]
+    + [(name, {"blocks": 4, "shrinkage": 3.0}) for name in having("blocks")],
+)
 @pytest.mark.parametrize("normalisation", ["batch", "instance", "group", "none"])
 @pytest.mark.parametrize("activation", ["silu", "relu", "leaky_relu", "gelu"])
-def test_every_variant_trains(variant, name, latent, normalisation, activation):
-    model = variant(
-        name, width=4, depth=2, tile_size=16, latent=latent, normalisation=normalisation, activation=activation
-    )
+def test_every_variant_trains(variant, name, change, normalisation, activation):
+    model = variant(name, width=4, depth=2, normalisation=normalisation, activation=activation, **change)
     x = tiles(size=16)
     optimizer = torch.optim.Adam(model.parameters(), 0.003)
     losses = []
@@ -231,7 +308,7 @@ def test_every_variant_trains(variant, name, latent, normalisation, activation):
         output = model.train()(x)
         losses.append((output.expected - output.observed).square().mean())
         optimizer.zero_grad()
-        losses[-1].backward()
+        everything(output).backward()
         optimizer.step()
     assert losses[-1] < 0.98 * losses[0]
     assert torch.isfinite(expected_by(model, x)).all()
@@ -241,4 +318,6 @@ def test_every_variant_trains(variant, name, latent, normalisation, activation):
 def test_half_of_autocast_stays_finite(make, name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = make(name).train()(tiles())
+        total = everything(output)
     assert torch.isfinite(output.expected).all()
+    assert torch.isfinite(total)

@@ -25,7 +25,7 @@ CONFIG = {
         "depth": 2,
         "latent_dim": 4,
     },
-    "score": {"_target_": "blemish.scores.ResidualScore", "residual": {"_target_": "blemish.residuals.L1"}},
+    "score": {"_target_": "blemish.scores.residual.ResidualScore", "residual": {"_target_": "blemish.residuals.L1"}},
     "image": {"channels": 1, "max_side": None},
     "tiling": {"size": 16, "overlap": 0.25, "batch": 8},
     "smoothing": {"sigma": 1.0},

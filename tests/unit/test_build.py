@@ -91,8 +91,8 @@ def test_wrong_argument_is_a_sentence(arguments):
 
 
 def test_missing_argument_is_a_sentence():
-    with pytest.raises(ConfigError, match=r"^score does not fit blemish\.scores\.ResidualScore: .*'residual'\.$"):
-        build({"_target_": "blemish.scores.ResidualScore"}, where="score")
+    with pytest.raises(ConfigError, match=r"^score does not fit blemish\.scores\.residual\.\w+: .*'residual'\.$"):
+        build({"_target_": "blemish.scores.residual.ResidualScore"}, where="score")
 
 
 def test_an_error_of_the_target_keeps_its_own_words():
@@ -124,7 +124,12 @@ def test_section_that_does_not_fit_is_a_sentence():
 
 @pytest.mark.parametrize(
     "target",
-    ["blemish.cli.main", "blemish.build.build", "blemish.scores.torch.load", "blemish.models.blocks.check_tile"],
+    [
+        "blemish.cli.main",
+        "blemish.build.build",
+        "blemish.scores.residual.torch.load",
+        "blemish.models.blocks.check_tile",
+    ],
 )
 def test_checkpoint_may_not_name_commands_of_blemish(target):
     with pytest.raises(ConfigError):

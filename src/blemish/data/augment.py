@@ -1,4 +1,4 @@
-"""Augmentation of training tiles by albumentations; the only file that imports it."""
+"""Augmentation and corruption of training tiles by albumentations; the only file that imports it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from blemish.data.corruption import Corrupted
 from blemish.data.images import Pixels, to_unit
 from blemish.errors import ConfigError, nearest_names
 
@@ -15,6 +16,8 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 import albumentations as A
 import numpy as np
+import torch
+from torch import Tensor
 
 
 class Augmentation:
@@ -45,6 +48,31 @@ class Augmentation:
                 )
             augmented.append(result)
         return augmented
+
+
+class TransformCorruption:
+    """A chain of albumentations transforms as corruption: elastic deformation, dropout of holes, weather, ...
+
+    Tile by tile on the CPU, wherever the model is; one number from torch's global generator seeds a batch.
+
+    Args:
+        transforms: each as {name: {argument: value}}; sizes must stay. Arguments in grey levels are in [0, 1].
+
+    Raises:
+        ConfigError: an unknown transform or argument; from a call, a transform that changes sizes.
+    """
+
+    def __init__(self, transforms: Sequence[Mapping[str, Mapping[str, Any] | None]]) -> None:
+        self._augment = Augmentation(transforms)
+
+    def __call__(self, x: Tensor) -> Corrupted:
+        """Tiles (B, C, H, W) in [0, 1] to such tiles; what changes by less than half a level of 255 is taken back."""
+        # A copy, for some transforms work in place.
+        tiles = x.detach().permute(0, 2, 3, 1).to("cpu", torch.float32, copy=True).contiguous().numpy()
+        changed = np.stack(self._augment(list(tiles), seed=int(torch.randint(2**31, ()))))
+        corrupted = torch.from_numpy(changed).permute(0, 3, 1, 2).to(x).clamp(0, 1)
+        mask = ((corrupted - x).abs() > 0.5 / 255).any(dim=1, keepdim=True)
+        return Corrupted(torch.where(mask, corrupted, x), x, mask.to(x.dtype))
 
 
 def _transform(item: Mapping[str, Mapping[str, Any] | None]) -> Any:

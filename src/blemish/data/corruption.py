@@ -5,6 +5,7 @@ Works on whole batches on the model's device and draws from torch's global gener
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blemish.data.fills import FILLS
-from blemish.data.shapes import SHAPES, uniform
+from blemish.data.fills import FILLS, mean_and_std
+from blemish.data.shapes import SHAPES, log_uniform, uniform
 from blemish.errors import ConfigError, nearest_names
 
 
@@ -86,7 +87,7 @@ class GridMask:
 
     Source: Zavrtanik et al., Reconstruction by inpainting (RIAD), Pattern Recognition 2021: one of `parts` disjoint
     sets of cells, of a size drawn from `cells`, is hidden, and the model fills it from what surrounds it.
-    `blemish.scores.Inpainting` hides them all in turn.
+    `blemish.scores.restoration.InpaintingScore` hides them all in turn.
 
     Raises:
         ConfigError: no cell size, one below 1, or fewer than two parts.
@@ -106,6 +107,70 @@ class GridMask:
         grid = torch.rand(batch, 1, -(-height // cell), -(-width // cell), device=x.device) < 1 / self.parts
         mask = F.interpolate(grid.to(x.dtype), scale_factor=cell)[..., :height, :width]
         return Corrupted(torch.lerp(x, x.mean(dim=(2, 3), keepdim=True), mask), x, mask)
+
+
+class CutPaste:
+    """A piece of the tile, its colours a little changed, is pasted elsewhere in the tile.
+
+    Source: Li et al., CutPaste, CVPR 2021 (arXiv 2104.04015), both kinds, with the paper's sizes: rectangles of 2 to
+    15 % of the tile's area with sides as 1 : 1 to 1 : 3.3, and scars, 2 to 16 by 10 to 25 pixels of 256, turned by up
+    to 45 degrees. The paper tells pasted tiles from clean ones; here the model repairs them.
+
+    Args:
+        probability: that a tile is changed.
+        scars: how much of what is pasted are scars.
+        jitter: most that brightness and contrast change, each channel by itself, as a fraction.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(self, probability: float = 0.7, scars: float = 0.5, jitter: float = 0.1) -> None:
+        if not (0 <= probability <= 1 and 0 <= scars <= 1 and 0 <= jitter <= 1):
+            raise ConfigError(
+                "Expected corruption.probability, corruption.scars and corruption.jitter between 0 and 1, found "
+                f"{probability}, {scars} and {jitter}."
+            )
+        self.probability, self.scars, self.jitter = probability, scars, jitter
+
+    def __call__(self, x: Tensor) -> Corrupted:
+        batch, channels, height, width = x.shape
+        down, across, angle = self._pieces(batch, height, width, x.device)
+        cos, sin = angle.cos(), angle.sin()
+        rows = torch.arange(height, device=x.device, dtype=torch.float32).view(1, 1, -1, 1)
+        columns = torch.arange(width, device=x.device, dtype=torch.float32).view(1, 1, 1, -1)
+        # Pasted anywhere inside the tile, cut anywhere inside it.
+        y = rows - _inside(height, cos * down + sin.abs() * across)
+        z = columns - _inside(width, cos * across + sin.abs() * down)
+        y, z = cos * y + sin * z, cos * z - sin * y
+        chosen = torch.rand(batch, 1, 1, 1, device=x.device) < self.probability
+        pasted = (2 * y.abs() <= down) & (2 * z.abs() <= across) & chosen
+        source_row = (y + _inside(height, down)).round().clamp(0, height - 1)
+        source_column = (z + _inside(width, across)).round().clamp(0, width - 1)
+        place = (source_row * width + source_column).long().flatten(2).expand(-1, channels, -1)
+        piece = x.flatten(2).gather(2, place).view_as(x)
+        contrast, brightness = 1 + self.jitter * (2 * torch.rand(2, batch, channels, 1, 1, device=x.device) - 1)
+        mean = x.mean(dim=(2, 3), keepdim=True)
+        piece = ((piece - mean) * contrast + mean * brightness).clamp(0, 1)
+        return Corrupted(torch.where(pasted, piece, x), x, pasted.to(x.dtype))
+
+    def _pieces(self, batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Height and width in pixels and angle of a piece for each tile, (B, 1, 1, 1) each."""
+        area = uniform(batch, 0.02, 0.15, device) * height * width
+        longer = log_uniform(batch, 1, 3.3, device)
+        aspect = torch.where(uniform(batch, 0, 1, device) < 0.5, longer, 1 / longer)
+        pixel = min(height, width) / 256  # of the paper's images
+        is_scar = uniform(batch, 0, 1, device) < self.scars
+        down = torch.where(is_scar, pixel * uniform(batch, 10, 25, device), (area * aspect).sqrt())
+        across = torch.where(is_scar, pixel * uniform(batch, 2, 16, device), (area / aspect).sqrt())
+        angle = torch.where(is_scar, uniform(batch, -math.pi / 4, math.pi / 4, device), 0.0)
+        return down.clamp(1, height), across.clamp(1, width), angle
+
+
+def _inside(side: int, extent: Tensor) -> Tensor:
+    """Centres for intervals of these extents, (B, 1, 1, 1), anywhere within 0 ... side - 1; the middle if too long."""
+    room = (side - extent).clamp(min=0)
+    return (side - 1) / 2 + room * (torch.rand_like(extent) - 0.5)
 
 
 class Structured:
@@ -155,16 +220,18 @@ class Structured:
 
     def __call__(self, x: Tensor) -> Corrupted:
         again = (torch.rand(self.most, len(x), device=x.device) < self.probability).cumprod(0).bool()
-        layers, tiles = again.nonzero(as_tuple=True)
+        tiles = again.nonzero()[:, 1]  # layer by layer
         # All that is drawn, whatever the layer, is drawn at once: many small steps are slower than few large ones.
         opacity, filling = self._opacities(len(tiles), x), self._fillings(x, tiles)
         corrupted, covered = x.clone(), torch.zeros_like(x[:, :1])
-        for layer in range(self.most):
-            drawn, here = layers == layer, again[layer]
-            corrupted[here] = torch.lerp(corrupted[here], filling[drawn], opacity[drawn])
-            covered[here] = torch.maximum(covered[here], opacity[drawn])
+        ends = again.sum(dim=1).cumsum(0).tolist()
+        for first, end in zip([0, *ends], ends, strict=False):
+            # index_select and index_copy_ move whole tiles, several times as fast as indexing.
+            here, new = tiles[first:end], opacity[first:end]
+            corrupted.index_copy_(0, here, torch.lerp(corrupted.index_select(0, here), filling[first:end], new))
+            covered.index_copy_(0, here, torch.maximum(covered.index_select(0, here), new))
         corrupted.clamp_(0, 1)
-        mask = self._visible(x, corrupted) * (covered > 0.1)
+        mask = self._visible(x, corrupted, covered > 0.1)
         if self.anchor:
             noise = self.anchor * torch.randn_like(x)
             return Corrupted(corrupted + noise, x + noise, mask)
@@ -177,26 +244,30 @@ class Structured:
         smallest, largest = (max(1.0, share * min(size)) for share in (self.smallest, self.largest))
         opacity = torch.empty(count, 1, *size, device=x.device)
         for shape, where in _deal(self.shapes, count, x.device):
-            opacity[where] = shape(len(where), size, smallest, largest, x.device)
+            opacity.index_copy_(0, where, shape(len(where), size, smallest, largest, x.device))
         opacity = F.interpolate(opacity, scale_factor=2, mode="bilinear")[..., : x.shape[2], : x.shape[3]].to(x.dtype)
         return opacity * uniform(count, self.faintest, 1, x.device)
 
     def _fillings(self, x: Tensor, tiles: Tensor) -> Tensor:
         """A filling for each of the chosen tiles (numbers into x), made of it or of another of the batch."""
         step = torch.randint(1, max(2, len(x)), (len(tiles),), device=x.device)
-        own, others = x[tiles], x[(tiles + step) % len(x)]
+        own, others = x.index_select(0, tiles), x.index_select(0, (tiles + step) % len(x))
         filling = torch.empty_like(own)
         for fill, where in _deal(self.fills, len(tiles), x.device):
-            filling[where] = fill(own[where], others[where])
+            filling.index_copy_(0, where, fill(own.index_select(0, where), others.index_select(0, where)))
         return filling
 
     @staticmethod
-    def _visible(clean: Tensor, corrupted: Tensor) -> Tensor:
-        """1 where the corruption can be told from the tile: the mean change of 4 x 4 pixels against its contrast."""
+    def _visible(clean: Tensor, corrupted: Tensor, covered: Tensor) -> Tensor:
+        """1 where the corruption can be told from the tile: 4 x 4 pixels changed by a fifth of the tile's contrast.
+
+        A shape counts as visible up to 4 pixels around such a place, so that its mask has an edge and no holes.
+        """
         change = F.avg_pool2d((corrupted - clean).abs().mean(1, keepdim=True), 4, 4, ceil_mode=True)
-        contrast = clean[..., ::2, ::2].std(dim=(1, 2, 3), keepdim=True).clamp(0.05, 0.25)
+        contrast = mean_and_std(clean)[1].mean(dim=1, keepdim=True).clamp(0.05, 0.25)
         visible = (change > 0.2 * contrast).to(clean.dtype)
-        return F.interpolate(visible, scale_factor=4)[..., : clean.shape[2], : clean.shape[3]]
+        near = F.interpolate(F.max_pool2d(visible, 3, 1, 1), scale_factor=4)
+        return near[..., : clean.shape[2], : clean.shape[3]] * covered
 
 
 def _deal(choices: Sequence[Any], count: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:

@@ -27,19 +27,24 @@ def smooth_noise(count: int, channels: int, size: tuple[int, int], cell: Tensor)
     """(count, channels, H, W) of standard deviation 1, smooth over `cell` pixels (a number for each, (count, 1, 1, 1)).
 
     Normal values on a grid that is shifted at random, blended by Gaussian weights: two small matrix products, which on
-    a CPU cost a fifth of bicubic interpolation.
+    a CPU cost a fraction of bicubic interpolation.
     """
-    grid = [math.ceil(side / float(cell.min())) + 4 for side in size]
-    down, across = (_weights(side, points, cell.view(-1, 1, 1)) for side, points in zip(size, grid, strict=True))
-    values = torch.randn(count, channels, *grid, device=cell.device)
-    return down[:, None] @ values @ across[:, None].transpose(2, 3)
+    height, width = size
+    rows, columns = (math.ceil(side / float(cell.min())) + 4 for side in size)
+    down = _weights(height, rows, cell.view(-1, 1, 1))
+    across = _weights(width, columns, cell.view(-1, 1, 1))
+    values = torch.randn(count, rows, channels * columns, device=cell.device)
+    half = (down @ values).view(count, height * channels, columns)
+    return (half @ across.transpose(1, 2)).view(count, height, channels, width).transpose(1, 2)
 
 
 def _weights(side: int, points: int, cell: Tensor) -> Tensor:
     """(count, side, points): how much each grid point counts at each pixel; squares sum to 1."""
     pixels = torch.arange(side, device=cell.device).view(1, -1, 1)
     place = pixels / cell + 1.5 + torch.rand(len(cell), 1, 1, device=cell.device)
-    weights = torch.exp(-((place - torch.arange(points, device=cell.device)) ** 2))
+    # Without the bound, far weights are denormal numbers, with which a CPU is ten times slower.
+    distance = (place - torch.arange(points, device=cell.device)).square().clamp(max=30)
+    weights = torch.exp(-distance)
     return weights / weights.square().sum(dim=2, keepdim=True).sqrt()
 
 

@@ -128,45 +128,37 @@ class Skip(nn.Module):
         return torch.cat([decoder, encoder], 1)
 
 
-class MaskHead(nn.Module):
-    """From observed and expected (B, C, H, W), and features (B, F, H / 2, W / 2), to logits (B, 1, H, W).
+class SkipDecoder(nn.Module):
+    """From the bottleneck to half the tile's resolution, joined by the encoder's features on the way.
 
-    A small U-Net of its own, at half and lower resolutions.
+    Args:
+        widths: channels of the encoder's levels, the finest first.
+        skips: "none", "gated" or "full", see `Skip`.
+        without: so many of the finest levels have no skip, whatever `skips`.
     """
 
-    def __init__(
-        self, channels: int, features: int, normalisation: str, activation: str, width: int = 16, depth: int = 3
-    ) -> None:
+    def __init__(self, widths: Sequence[int], skips: str, without: int, normalisation: str, activation: str) -> None:
         super().__init__()
-        inputs = 4 * 3 * channels + features
-        self.down, self.narrow = nn.ModuleList(), nn.ModuleList()
-        widths = level_widths(width, depth)
-        for level, features in enumerate(widths):
-            self.down.append(
+        self.skips, self.layers = nn.ModuleList(), nn.ModuleList()
+        features = widths[-1]
+        for level in reversed(range(len(widths) - 1)):
+            kind, width = (skips if level >= without else "none"), widths[level]
+            wider = features + (width if kind != "none" else 0)
+            self.skips.append(Skip(kind, features, width))
+            self.layers.append(
                 nn.Sequential(
-                    conv_block(inputs, features, 1 if level == 0 else 2, normalisation, activation),
-                    conv_block(features, features, 1, normalisation, activation),
+                    conv_block(wider, width, 1, normalisation, activation),
+                    conv_block(width, width, 1, normalisation, activation),
                 )
             )
-            inputs = features
-        for level in reversed(range(depth - 1)):
-            self.narrow.append(
-                conv_block(widths[level + 1] + widths[level], widths[level], 1, normalisation, activation)
-            )
-        self.logits = nn.Conv2d(widths[0], 4, 3, padding=1)
-        assert self.logits.bias is not None
-        nn.init.constant_(self.logits.bias, -3.0)  # few pixels are corrupted
+            features = width
 
-    def forward(self, observed: Tensor, expected: Tensor, features: Tensor) -> Tensor:
-        pixels = torch.cat([observed, expected, (observed - expected).abs()], 1)
-        y = torch.cat([F.pixel_unshuffle(pixels, 2), features], 1)
-        levels = []
-        for down in self.down:
-            y = down(y)
-            levels.append(y)
-        for narrow, level in zip(self.narrow, reversed(levels[:-1]), strict=True):
-            y = narrow(torch.cat([F.interpolate(y, scale_factor=2.0), level], 1))
-        return F.pixel_shuffle(self.logits(y), 2)
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """The features of each level, finest first, the last one the bottleneck's -> (B, widths[0], H / 2, W / 2)."""
+        *finer, y = levels
+        for skip, layers, level in zip(self.skips, self.layers, reversed(finer), strict=True):
+            y = layers(skip(F.interpolate(y, scale_factor=2.0), level))
+        return y
 
 
 class Decoder(nn.Sequential):

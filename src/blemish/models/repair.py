@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError, nearest_names
 from blemish.models.blocks import (
     Encoder,
-    MaskHead,
-    Skip,
+    SkipDecoder,
     check_architecture,
     check_tile,
     conv_block,
@@ -30,7 +31,7 @@ class RepairAutoencoder(nn.Module):
     arXiv 2206.11723: an autoencoder trained on structured corruption projects a tile onto the normal ones. Dilated
     convolutions (Yu and Koltun, arXiv 1511.07122) let each pixel see far around a defect. The mask head follows
     Zavrtanik et al., DRAEM, ICCV 2021: from what was observed and what is expected, it tells where they differ in a
-    way that matters.
+    way that matters; here it shares the encoder, and has a decoder of its own with all skip connections.
 
     Args:
         channels: 1 (grey) or 3 (colour).
@@ -65,45 +66,41 @@ class RepairAutoencoder(nn.Module):
         if skips not in SKIPS:
             raise ConfigError(f"Unknown model.skips '{skips}': {nearest_names(skips, SKIPS)}")
         self.depth = depth
-        style: Any = (normalisation, activation)
+        style = (normalisation, activation)
         widths = level_widths(width, depth)
         self.encoder = Encoder(channels, width, depth, *style)
         self.bottleneck = dilated_blocks(widths[-1], dilations, *style)
-        self.skips, self.narrow, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        features = widths[-1]
-        for level in reversed(range(depth - 1)):
-            kind = skips if level >= self.levels_without_skip else "none"
-            self.up.append(nn.Upsample(scale_factor=2, mode="nearest"))
-            self.skips.append(Skip(kind, features, widths[level]))
-            wider = features + (widths[level] if kind != "none" else 0)
-            self.narrow.append(
-                nn.Sequential(
-                    conv_block(wider, widths[level], 1, *style), conv_block(widths[level], widths[level], 1, *style)
-                )
-            )
-            features = widths[level]
-        self.paint = nn.Sequential(nn.Conv2d(features, 4 * channels, 3, padding=1), nn.PixelShuffle(2))
-        self.mask_head = MaskHead(channels, features, *style) if mask_head else None
+        self.decoder = SkipDecoder(widths, skips, self.levels_without_skip, *style)
+        self.paint = nn.Conv2d(width, 4 * channels, 3, padding=1)
+        self.mask_decoder = SkipDecoder(widths, "full", 0, *style) if mask_head else None
+        if mask_head:
+            self.compare = conv_block(width + 4 * 2 * channels, width, 1, *style)
+            self.mask = nn.Conv2d(width, 4, 3, padding=1)
+            assert self.mask.bias is not None
+            nn.init.constant_(self.mask.bias, -3.0)  # few pixels are corrupted
 
     def forward(self, x: Tensor) -> Output:
         """(B, C, H, W) in [0, 1] -> observed = x and expected, both (B, C, H, W), and the repaired logits."""
         check_tile(x.shape[-2], x.shape[-1], self.depth)
         features, expected = self.repair(x)
-        repaired = self.mask_head(x, expected.detach(), features) if self.mask_head is not None else None
-        return Output(x, expected, repaired=repaired)
+        if self.mask_decoder is None:
+            return Output(x, expected)
+        # The mask must not make the picture worse: no gradient from one to the other.
+        difference = (x - expected).detach()
+        pixels = F.pixel_unshuffle(torch.cat([difference, difference.abs()], 1), 2)
+        evidence = self.compare(torch.cat([self.mask_decoder(features), pixels], 1))
+        return Output(x, expected, repaired=F.pixel_shuffle(self.mask(evidence), 2))
 
-    def repair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The decoder's last features (B, width, H / 2, W / 2), and what is expected."""
-        levels = []
+    def repair(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The features of the encoder's levels, the last one after the bottleneck; and what is expected."""
+        features = []
         y = x
         for stage in self.encoder.stages():
             y = stage(y)
-            levels.append(y)
-        y = self.bottleneck(y)
-        for up, skip, narrow, level in zip(self.up, self.skips, self.narrow, reversed(levels[:-1]), strict=True):
-            y = narrow(skip(up(y), level))
-        expected: Tensor = self.paint(y)
-        return y, expected
+            features.append(y)
+        features[-1] = self.bottleneck(y)
+        # The last step is a pixel shuffle: a convolution at full resolution would cost more than all others together.
+        return features, F.pixel_shuffle(self.paint(self.decoder(features)), 2)
 
 
 class UNet(RepairAutoencoder):

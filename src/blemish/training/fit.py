@@ -22,8 +22,8 @@ from blemish.data.datamodule import TileDataModule
 from blemish.data.datasets import TrainingTiles, ValidationTiles
 from blemish.errors import CheckpointError, ConfigError
 from blemish.files import explain_write_errors
-from blemish.scores import Score
-from blemish.training.callbacks import Panel
+from blemish.scores.contracts import Score
+from blemish.training.callbacks import Panel, SyntheticWatch
 from blemish.training.objectives import ReconstructionObjective
 from blemish.training.task import ReconstructionTask
 
@@ -98,7 +98,9 @@ def fit(
     settings: TrainingSettings,
     trainer: Mapping[str, Any],
     seed: int,
+    standardise: bool = False,
     progress: bool = True,
+    watch: SyntheticWatch | None = None,
 ) -> nn.Module:
     """Train `model` in the folder `run`; the weights of the best validation loss are loaded into it.
 
@@ -108,9 +110,12 @@ def fit(
     Args:
         score: for the pictures in TensorBoard.
         trainer: arguments for `pytorch_lightning.Trainer` (accelerator, devices, strategy, precision, ...).
+        standardise: show the model tiles of one brightness and contrast.
+        watch: reports to a sweep after every epoch; not where several processes train, which it does not reach.
 
     Raises:
         BlemishError: the disk is full.
+        Pruned: the sweep stops this training.
         KeyboardInterrupt: Ctrl-C.
     """
     _quieten()
@@ -124,6 +129,7 @@ def fit(
         settings.steps,
         seed,
         settings.channels_last,
+        standardise,
     )
     best = ModelCheckpoint(
         run / CHECKPOINTS,
@@ -135,6 +141,8 @@ def fit(
     callbacks: list[pl.Callback] = [best, LearningRateMonitor("step"), Panel(score, settings.panel_every)]
     if progress:
         callbacks.append(TQDMProgressBar(refresh_rate=max(1, settings.steps_per_epoch // 50)))
+    if watch is not None:
+        callbacks.append(watch)
     if settings.patience is not None:
         callbacks.append(EarlyStopping("val/loss", patience=settings.patience, check_finite=True))
     lightning = pl.Trainer(
@@ -149,6 +157,8 @@ def fit(
         enable_model_summary=False,
         enable_progress_bar=progress,
     )
+    if watch is not None and lightning.world_size > 1:
+        watch.report = None
     last = run / CHECKPOINTS / "last.ckpt"
     if last.is_file():
         _load(last)  # says so if it is damaged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -24,11 +25,15 @@ from blemish.data.images import probe
 from blemish.data.records import SPLITS, Record, Split
 from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
+from blemish.evaluation.synthetic import check_images, check_metric, synthetic_defects_figure, write_figure
 from blemish.files import write_json, write_text
 from blemish.normalisation import NormalisationSettings
 from blemish.preprocess import Preprocess
-from blemish.scores import FittableScore, Score
+from blemish.scores.contracts import FittableScore, Score
+from blemish.standardise import Light
+from blemish.sweep import Report
 from blemish.tiling import Tiling
+from blemish.training.callbacks import Pruned, SyntheticWatch
 from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
@@ -37,21 +42,33 @@ CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """What a training led to; `metrics` is None where the data have no test part."""
+    """What a training led to; `metrics` is None where the data have no test part.
+
+    `synthetic` (see `evaluation.synthetic`) is None where that figure was not wanted.
+    """
 
     calibration: Calibration
     metrics: dict[str, Any] | None
+    synthetic: dict[str, Any] | None
 
 
-def start(run: Path, settings: dict[str, Any], records: Sequence[Record], overrides: Sequence[str]) -> Finished:
+def start(
+    run: Path,
+    settings: dict[str, Any],
+    records: Sequence[Record],
+    overrides: Sequence[str],
+    report: Report | None = None,
+) -> Finished:
     """Train in the new folder `run`. It is made only when settings and images have proved sound.
 
     Args:
         settings: the resolved settings of `blemish train`.
         overrides: as given on the command line, for the record.
+        report: told a figure after every epoch, may end the training (see `callbacks.SyntheticWatch`).
 
     Raises:
         ConfigError, DataError, CalibrationError: before anything is written, where possible.
+        Pruned: `report` said so.
     """
     splits = _split(records, settings)
     parts = _Parts.build(settings, splits)
@@ -70,10 +87,10 @@ def start(run: Path, settings: dict[str, Any], records: Sequence[Record], overri
         "status": "training",
     }
     write_json(run / RUN_FILE, about)
-    return _go_on(run, settings, splits, parts, about)
+    return _go_on(run, settings, splits, parts, about, report)
 
 
-def resume(run: Path, read: Any) -> Finished:
+def resume(run: Path, read: Any, report: Report | None = None) -> Finished:
     """Continue the training in `run` from its last checkpoint, to the weights it would have had.
 
     Args:
@@ -88,7 +105,8 @@ def resume(run: Path, read: Any) -> Finished:
     if about["status"] == "done":
         raise ConfigError(f"The training in {run} is finished: nothing to resume.")
     settings = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    missing = [name for name in (*PARTS, "training", "trainer", "calibration", "report") if name not in settings]
+    sections = (*PARTS, "training", "trainer", "calibration", "synthetic", "optimized_metric", "report")
+    missing = [name for name in sections if name not in settings]
     if missing:
         raise ConfigError(
             f"{run / CONFIG_FILE} lacks the section {missing[0]}: it was begun by another version of blemish, or "
@@ -98,7 +116,7 @@ def resume(run: Path, read: Any) -> Finished:
     changed = [name for name, value in splits.fingerprint().items() if value != about["data_fingerprint"][name]]
     if changed:
         raise ConfigError(f"The images changed since {run} was started (part: {', '.join(changed)}): start a new run.")
-    return _go_on(run, settings, splits, _Parts.build(settings, splits), about)
+    return _go_on(run, settings, splits, _Parts.build(settings, splits), about, report)
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,8 @@ def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
     if settings["seed"] < 0:
         raise ConfigError(f"Expected seed >= 0, found {settings['seed']}.")
     pipeline.check_gallery(settings["report"]["images"])
+    check_images(settings["synthetic"]["images"])
+    check_metric(settings["optimized_metric"])
     promise, rule = read_settings(settings["calibration"])
     splits = split_records(records, settings["seed"], **settings["split"], needed=promise.needed)
     pipeline.check_enough(splits.of("calibration"), promise, rule)
@@ -180,27 +200,46 @@ def _check_normalisation(splits: Splits, normalisation: NormalisationSettings, m
                 )
 
 
-def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts, about: dict[str, Any]) -> Finished:
+def _go_on(
+    run: Path,
+    settings: Mapping[str, Any],
+    splits: Splits,
+    parts: _Parts,
+    about: dict[str, Any],
+    report: Report | None = None,
+) -> Finished:
     """From a prepared folder to a finished one; steps that are done are not done again."""
     print(f"run folder: {run}", flush=True)
     if about["status"] == "trained":
         model = load_best(run, parts.model)
     else:
-        model = fit(
-            run,
-            parts.tiles,
-            parts.validation,
-            parts.model,
-            parts.objective,
-            parts.score,
-            parts.corruption,
-            parts.training,
-            settings["trainer"],
-            settings["seed"],
-        )
-        # Early stopping would let a resumed training go one epoch further.
-        about["status"] = "trained"
-        write_json(run / RUN_FILE, about)
+        watch = None
+        if report is not None and settings["synthetic"]["images"]:
+            watch = SyntheticWatch(parts.score, parts.validation, settings["optimized_metric"], report)
+        began = time.monotonic()
+        try:
+            model = fit(
+                run,
+                parts.tiles,
+                parts.validation,
+                parts.model,
+                parts.objective,
+                parts.score,
+                parts.corruption,
+                parts.training,
+                settings["trainer"],
+                settings["seed"],
+                settings["tiling"]["standardise"],
+                watch=watch,
+            )
+            # Early stopping would let a resumed training go one epoch further.
+            about["status"] = "trained"
+        except Pruned:
+            about["status"] = "pruned"
+            raise
+        finally:  # an interrupted training took its time, too
+            about["training_seconds"] = round(about.get("training_seconds", 0.0) + time.monotonic() - began, 3)
+            write_json(run / RUN_FILE, about)
     seen = [item for name in SPLITS[:2] for item in splits.of(name)]
     trained = {
         "trained_on": sorted(item.digest for item in seen),
@@ -208,7 +247,9 @@ def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts
     }
     device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
     if isinstance(parts.score, FittableScore):
-        parts.score.fit(model.eval().to(device), parts.validation.batches(parts.training.batch_size, device))
+        tiles = parts.validation.batches(parts.training.batch_size, device)
+        shown = (Light.of(x).remove(x) for x in tiles) if settings["tiling"]["standardise"] else tiles
+        parts.score.fit(model.eval().to(device), shown)
     detector = assemble(settings, model, about=about, device=device, score=parts.score)
     if parts.normalisation.kind != "none":
         source = [item.record.path for item in splits.of(parts.normalisation.source)]
@@ -217,11 +258,18 @@ def _go_on(run: Path, settings: Mapping[str, Any], splits: Splits, parts: _Parts
     calibration = pipeline.calibrate(detector, splits.of("calibration"), *read_settings(settings["calibration"]))
     about["status"] = "done"
     save_detector(run, settings, detector, calibration, about | trained)
+    figure = None
+    if settings["synthetic"]["images"]:
+        held_out = [item.record.path for item in splits.of("validation")]
+        ready = detector.calibrated(calibration)
+        figure = synthetic_defects_figure(ready, held_out, settings["synthetic"]["images"])
+        if figure:
+            write_figure(run, figure, pipeline.made_by(ready))
     metrics = None
     if test := [item.record for item in splits.of("test")]:
         metrics = pipeline.evaluate(detector.calibrated(calibration), test, run, gallery=settings["report"]["images"])
     write_json(run / RUN_FILE, about)
-    return Finished(calibration, metrics)
+    return Finished(calibration, metrics, figure)
 
 
 def common_channels(paths: Iterable[Path]) -> int:

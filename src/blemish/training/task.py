@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import to_input
+from blemish.standardise import Light
 from blemish.training.objectives import Loss, ReconstructionObjective
 
 
@@ -33,6 +34,7 @@ class ReconstructionTask(pl.LightningModule):
         steps: int,
         seed: int,
         channels_last: bool = True,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         self._format = torch.channels_last if channels_last else torch.contiguous_format
@@ -40,7 +42,7 @@ class ReconstructionTask(pl.LightningModule):
         self.objective = objective
         self.corruption = corruption
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.steps, self.seed = steps, seed
+        self.steps, self.seed, self.standardise = steps, seed, standardise
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(_mix(self.seed, self.current_epoch, self.global_rank))
@@ -52,10 +54,17 @@ class ReconstructionTask(pl.LightningModule):
         return to_input(batch).contiguous(memory_format=self._format)  # they travel as uint8, a quarter of the bytes
 
     def _loss(self, x: Tensor) -> Loss:
-        corrupted = self.corruption(x)
-        output = self.model(corrupted.input.contiguous(memory_format=self._format))
-        loss: Loss = self.objective(output, corrupted.target, corrupted.mask, self.global_step)
+        given, target, mask = self.corruption(x)
+        if self.standardise:  # by what the model is given, as when scoring
+            light = Light.of(given)
+            given, target = light.remove(given), light.remove(target)
+        output = self.model(given.contiguous(memory_format=self._format))
+        loss: Loss = self.objective(output, target, mask, self.global_step)
         return loss
+
+    def shown(self, x: Tensor) -> Tensor:
+        """Clean tiles as the model sees them."""
+        return Light.of(x).remove(x) if self.standardise else x
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
@@ -67,7 +76,8 @@ class ReconstructionTask(pl.LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val/loss", self._loss(batch).total, prog_bar=True, sync_dist=True)
         # What the score map will be made of, on clean input.
-        clean = self.objective.residual(batch, self.model(batch).expected)
+        shown = self.shown(batch)
+        clean = self.objective.residual(shown, self.model(shown).expected)
         self.log("val/score", clean.amax(dim=(1, 2, 3)).mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:

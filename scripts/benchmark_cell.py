@@ -1,0 +1,245 @@
+"""Measures one finished run of `benchmark.py` in a process of its own, and writes what it finds as JSON.
+
+    python scripts/benchmark_cell.py RUN FILE.json
+
+Peak memory is that of a process that loads the detector and predicts some test images to files. Images per second are
+of images that are in memory already, through the detector to decision and mask, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+MOST_IMAGES, MOST_PIXELS = 64, 2**26
+SECONDS, MOST_PASSES = 5.0, 7
+BATCHES = (1, 32)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def figures_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of the tables, from metrics.json."""
+    overall, normals = metrics["overall"], metrics["normals"]
+    ranked = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro_0.3", "aupro_0.05")
+    return {name: overall[name] for name in ranked} | {
+        "f1": overall["calibrated"]["image_f1"],
+        "precision": overall["calibrated"]["image_precision"],
+        "recall": overall["calibrated"]["image_recall"],
+        "false_alarms": normals["false_alarms"],
+        "normals": normals["images"],
+        "false_alarm_rate": normals["false_alarm_rate"],
+        "false_alarm_rate_interval_95": normals["false_alarm_rate_interval_95"],
+        "defects": overall["images"],
+        "masks": overall["masks"],
+        "unusable": len(metrics["unreadable"]),
+    }
+
+
+def chance_of_alarms(n: int, k: int, normals: int, alarms: int) -> float | None:
+    """How likely so many false alarms or more are if test and calibration normals are exchangeable: BetaBinomial."""
+    from scipy import stats
+
+    return float(stats.betabinom.sf(alarms - 1, normals, n + 1 - k, k)) if normals else None
+
+
+def synthetic_of(run: Path) -> dict[str, float] | None:
+    """The label-free figures of synthetic.json, wherever in it they stand; None if there are none."""
+    file = run / "synthetic.json"
+    for part in _mappings(read_json(file)) if file.is_file() else ():
+        if isinstance(part.get("image_auroc"), (int, float)):
+            names = ("image_auroc", "pixel_auroc", "aupro_0.3", "aupro_0.05")
+            return {name: part[name] for name in names if isinstance(part.get(name), (int, float))}
+    return None
+
+
+def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    """`value` and all mappings inside it, outer ones first."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _mappings(inner)
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings of a run, but for its folders and the seed."""
+    data = {key: value for key, value in settings["data"].items() if key != "root"}
+    kept = {key: value for key, value in settings.items() if key not in ("out", "resume", "seed")} | {"data": data}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What speeds depend on."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8"))):
+        cpu = found[1].strip()
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def busy_seconds() -> float | None:
+    """CPU time that everything on this machine has used since it started; None where the system does not tell."""
+    file = Path("/proc/stat")
+    if not file.is_file():
+        return None
+    user, nice, system, _, _, *rest = map(int, file.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def cores_of_others(before: float | None, after: float | None, own: float, wall: float) -> float | None:
+    """How many cores all other processes kept busy, on average."""
+    if before is None or after is None or wall <= 0:
+        return None
+    return round(max(0.0, after - before - own) / wall, 3)
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process; ru_maxrss would begin with that of the process that started it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8")) if status.is_file() else None
+    if found:
+        return int(found[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / (1024 if sys.platform == "darwin" else 1)
+
+
+def images_of(run: Path) -> list[Path]:
+    """Some test images, evenly spread over the kinds."""
+    with (run / "splits.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return spread_evenly([Path(row["path"]) for row in csv.DictReader(file) if row["split"] == "test"])
+
+
+def spread_evenly(paths: Sequence[Path]) -> list[Path]:
+    chosen = {round(place * (len(paths) - 1) / max(1, MOST_IMAGES - 1)) for place in range(MOST_IMAGES)}
+    return [paths[place] for place in sorted(chosen)]
+
+
+def detector_speed(detector: Any, images: Sequence[Any], batch: int) -> dict[str, Any]:
+    """Images per second with up to `batch` tiles scored at once."""
+    ready = replace(detector, tiling=replace(detector.tiling, batch=batch))
+
+    def decide(chosen: Sequence[Any]) -> None:
+        for score_map in ready.score_maps(chosen):
+            ready.decide(score_map)
+
+    return speed(decide, images, batch)
+
+
+def speed(one_pass: Callable[[Sequence[Any]], None], images: Sequence[Any], batch: int) -> dict[str, Any]:
+    """Images per second, median of several passes after a warm-up, and what other processes did meanwhile."""
+    one_pass(images[:batch])
+    busy, own = busy_seconds(), time.process_time()
+    began, rates = time.perf_counter(), []
+    while not rates or (time.perf_counter() - began < SECONDS and len(rates) < MOST_PASSES):
+        start = time.perf_counter()
+        one_pass(images)
+        rates.append(len(images) / (time.perf_counter() - start))
+    others = cores_of_others(busy, busy_seconds(), time.process_time() - own, time.perf_counter() - began)
+    rate = {"images_per_second": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
+    return rate | {"cores_of_others": others}
+
+
+def in_memory(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
+    """The pixels of the first images, as many as are no burden."""
+    images: list[Any] = []
+    for path in paths:
+        if sum(image.size for image in images) < MOST_PIXELS:
+            images.append(read(path))
+    return images
+
+
+def trained_steps(run: Path) -> int | None:
+    """Optimiser steps until training ended, by itself or by early stopping; None for a model that fits in one pass."""
+    import torch
+
+    file = run / "checkpoints" / "last.ckpt"
+    return int(torch.load(file, map_location="cpu", weights_only=True)["global_step"]) if file.is_file() else None
+
+
+def measure(run: Path) -> dict[str, Any]:
+    import yaml
+
+    from blemish import load_detector, pipeline
+    from blemish.data.images import read_pixels
+    from blemish.errors import DataError
+
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    about = read_json(run / "run.json")
+    if not (run / "metrics.json").is_file():
+        raise DataError("The data set has no test part: there is nothing to measure.")
+    detector = load_detector(run, "cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
+    card = detector.card
+    paths = images_of(run)
+    with tempfile.TemporaryDirectory() as name:
+        inputs = Path(name) / "inputs"
+        inputs.mkdir()
+        for place, path in enumerate(paths):  # under names of their own: each kind may have its 000.png
+            (inputs / f"{place}{path.suffix}").symlink_to(path)
+        # Before anything else fills the memory.
+        pipeline.predict(detector, inputs, Path(name) / "predictions", progress=False)
+    inference: dict[str, Any] = {"peak_mib": round(peak_mib(), 1), "images": 0}
+    images = in_memory(paths, read_pixels)
+    inference["images"] = len(images)
+    inference |= {f"batch_{batch}": detector_speed(detector, images, batch) for batch in BATCHES}
+    steps, seconds = trained_steps(run), about.get("training_seconds")
+    figures = figures_of(read_json(run / "metrics.json"))
+    alarms = figures["false_alarms"]
+    figures["chance"] = chance_of_alarms(card.n, card.rank, figures["normals"], alarms) if card.rank else None
+    return {
+        "figures": figures,
+        "synthetic": synthetic_of(run),
+        "calibration": {"alpha": card.promise.alpha, "rule": card.promise.rule, "n": card.n, "rank": card.rank},
+        "training": {
+            "seconds": seconds,
+            "steps": steps,
+            "planned_steps": settings["training"]["steps"],
+            "batch_size": settings["training"]["batch_size"],
+            "tiles_per_second": steps * settings["training"]["batch_size"] / seconds if steps and seconds else None,
+        },
+        "inference": inference,
+        "parameters": sum(parameter.numel() for parameter in detector.scorer.model.parameters()),
+        "images": about["images"],
+        "config_fingerprint": fingerprint(settings),
+        "detector_fingerprint": detector.fingerprint,
+        "data_fingerprint": about["data_fingerprint"],
+        "hardware": hardware(str(detector.scorer.device)),
+    }
+
+
+def main() -> None:
+    from blemish.errors import BlemishError
+    from blemish.files import write_json
+
+    try:
+        write_json(Path(sys.argv[2]), measure(Path(sys.argv[1])))
+    except BlemishError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

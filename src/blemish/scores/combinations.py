@@ -1,0 +1,66 @@
+"""Several scores in one, each in units of what normal tiles show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blemish.errors import ConfigError, nearest_names
+from blemish.scores.contracts import ExplainedScore, FittableScore, explain
+
+JOINS = ("sum", "max")
+
+
+class CombinedScore(ExplainedScore):
+    """Sum or maximum over several scores of max(0, score - location) / scale: no unit outweighs another.
+
+    `fit` learns both of each score, over the pixels of normal tiles: the location is the median, the scale reaches
+    from there to a high quantile. Until then they are 0 and 1. What was expected is told by the first score.
+
+    Args:
+        terms: the scores, torch modules; one that is fitted itself is fitted first.
+        join: sum or max.
+        quantile: between 0.5 and 1.
+
+    Raises:
+        ConfigError: no term, an unknown join, a quantile out of range, or (in `fit`) no tiles.
+    """
+
+    location: Tensor
+    scale: Tensor
+
+    def __init__(self, terms: Sequence[nn.Module], join: str = "sum", quantile: float = 0.999) -> None:
+        super().__init__()
+        if not terms:
+            raise ConfigError("Expected one or more scores in score.terms, found none.")
+        if join not in JOINS:
+            raise ConfigError(f"Unknown score.join '{join}': {nearest_names(join, JOINS)}")
+        if not 0.5 < quantile < 1:
+            raise ConfigError(f"Expected score.quantile between 0.5 and 1, found {quantile}.")
+        self.terms = nn.ModuleList(terms)
+        self.join, self.quantile = join, quantile
+        self.register_buffer("location", torch.zeros(len(terms)))
+        self.register_buffer("scale", torch.ones(len(terms)))
+
+    def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        explained = [explain(term, model, x) for term in self.terms]
+        scores = torch.cat([score for score, _ in explained], dim=1)  # (B, K, H, W)
+        location, scale = (buffer.to(scores)[:, None, None] for buffer in (self.location, self.scale))
+        scores = ((scores - location) / scale).clamp(min=0)
+        joined = scores.sum(dim=1, keepdim=True) if self.join == "sum" else scores.amax(dim=1, keepdim=True)
+        return joined, explained[0][1]
+
+    def fit(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """As `FittableScore`."""
+        batches = list(batches)  # each term goes through them anew
+        if not batches:
+            raise ConfigError(f"{type(self).__name__} learns from normal tiles, found none: set split.validation.")
+        for number, term in enumerate(self.terms):
+            if isinstance(term, FittableScore):
+                term.fit(model, batches)
+            values = torch.cat([term(model, x).flatten() for x in batches])
+            median, high = (values.kthvalue(max(1, round(q * len(values)))).values for q in (0.5, self.quantile))
+            self.location[number] = median
+            self.scale[number] = (high - median).clamp(min=1e-6)  # a score may be constant on normal tiles

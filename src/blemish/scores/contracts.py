@@ -1,0 +1,105 @@
+"""What a score is, what it may ask of a model, and what scores share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from blemish.errors import ConfigError
+from blemish.models.contracts import Latent, Output
+
+
+class Score(Protocol):
+    """Turns a model in evaluation mode and tiles into score tiles; owns the gradient mode."""
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> (B, 1, H, W), >= 0, higher is worse; no tile depends on its neighbours."""
+
+
+@runtime_checkable
+class FittableScore(Protocol):
+    """A score that learns of normal tiles after training, and keeps it in buffers, which the checkpoint carries."""
+
+    def fit(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Batches of normal tiles (B, C, H, W) in [0, 1], none of which calibrates."""
+
+
+class ExplainedScore(nn.Module, ABC):
+    """Base of the scores that tell what they expected: subclasses implement `explain`."""
+
+    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        """As `Score`."""
+        return self.explain(model, x)[0]
+
+    @abstractmethod
+    def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The score, and what a defect-free tile would have shown: (B, D, h, w)."""
+
+
+def explain(score: Score, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A score, and what it expected: (B, D, h, w), with D = 0 for a score that does not tell."""
+    if not hasattr(score, "explain"):
+        return score(model, x), x[:, :0]
+    explained: tuple[Tensor, Tensor] = score.explain(model, x)
+    return explained
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Gradients are recorded here, whatever the caller's mode; a tensor from outside must be cloned first."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def gradient(score: nn.Module, value: Tensor, x: Tensor) -> Tensor:
+    """d value / dx, of a scalar that was computed from x; no parameter collects any.
+
+    Raises:
+        ConfigError: no gradient passes through the model.
+    """
+    if not value.requires_grad:
+        raise ConfigError(
+            f"{type(score).__name__} follows gradients from the model's output back to its input, and found none: use "
+            "a score that needs no gradient, such as score=residual."
+        )
+    (slope,) = torch.autograd.grad(value, x)
+    return slope
+
+
+def latents_of(output: Output, score: nn.Module) -> tuple[Latent, ...]:
+    """The levels of a model's latent code. Raises ConfigError if it has none."""
+    if not output.latents:
+        raise ConfigError(
+            f"{type(score).__name__} expects a model with a latent distribution, such as model=vae, found one "
+            "without: choose another model, or another score."
+        )
+    return output.latents
+
+
+def expected_tile(output: Output, x: Tensor, score: nn.Module) -> Tensor:
+    """What the model expected, in pixels like x. Raises ConfigError if it is something else."""
+    if output.expected.shape != x.shape:
+        raise ConfigError(
+            f"{type(score).__name__} expects a model that gives back a tile of shape {tuple(x.shape[1:])}, found "
+            f"{tuple(output.expected.shape[1:])}: choose a model in pixel space, or another score."
+        )
+    return output.expected
+
+
+def check_counts(**numbers: int) -> None:
+    """Raise ConfigError if one of a score's numbers is no count."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ConfigError(f"Expected score.{name} to be a positive whole number, found {number}.")
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Raise ConfigError if one of a score's numbers is below 0."""
+    for name, number in numbers.items():
+        if not number >= 0:
+            raise ConfigError(f"Expected score.{name} >= 0, found {number}.")
