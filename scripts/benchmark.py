@@ -352,7 +352,7 @@ def work(cell: Cell, out: Path, run_process: Runner, command: str = "") -> dict[
     measured = run.with_suffix(".measured.json")
     measuring = run_process([sys.executable, str(MEASURE), str(run), str(measured)], log)
     if measuring.code:
-        sentence = f"measuring: {measuring.sentence}"
+        sentence = f"measuring: {measuring.sentence} (Without the folder {run.relative_to(out)} it trains anew.)"
         return result | {"sentence": sentence, "log": str(log.relative_to(out)), "finished": now()}
     found = json.loads(measured.read_text(encoding="utf-8"))
     found["training"] |= _read(_costs_file(run)) | {"interrupted": interrupted}

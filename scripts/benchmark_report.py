@@ -61,7 +61,8 @@ def spread(values: Sequence[float | None], show: Callable[[float], str]) -> str:
     if not known or len(known) < len(values):
         return "-"
     mean = show(statistics.fmean(known))
-    return mean if len(known) == 1 else f"{mean} ({show(min(known))} to {show(max(known))})"
+    low, high = show(min(known)), show(max(known))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def three(value: float) -> str:

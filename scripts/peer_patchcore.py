@@ -26,6 +26,7 @@ import numpy as np
 
 import benchmark
 import benchmark_cell
+from benchmark_report import write_table
 from blemish.errors import BlemishError, ConfigError, DataError, ImageError, nearest_names
 from blemish.files import write_json
 
@@ -85,8 +86,8 @@ class Peer:
 
         tiles = []
         for pixels in images:
-            shrinks = max(pixels.shape[:2]) > SIDE
-            tile = cv2.resize(to_unit(pixels), (SIDE, SIDE), interpolation=cv2.INTER_AREA if shrinks else None)
+            how = cv2.INTER_AREA if max(pixels.shape[:2]) > SIDE else cv2.INTER_LINEAR
+            tile = cv2.resize(to_unit(pixels), (SIDE, SIDE), interpolation=how)
             tiles.append(np.broadcast_to(np.atleast_3d(tile), (SIDE, SIDE, 3)))
         return self.torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).sub_(0.5).div_(0.5)
 
@@ -333,7 +334,7 @@ def main(words: Sequence[str]) -> int:
             benchmark.append_result(file, result)
             failed += result["status"] == "failed"
             print(f"  {benchmark.in_short(result)}", flush=True)
-        benchmark.write_table(out / benchmark.TABLE_FILE, benchmark.read_results(file))
+        write_table(out / benchmark.TABLE_FILE, benchmark.read_results(file))
     print(f"table: {out / benchmark.TABLE_FILE}")
     return int(failed > 0)
 

@@ -432,7 +432,6 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
     keys = sorted(set().union(*settings) - {"out"})
     differing = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
     figures = ("image_auroc", "image_ap", "pixel_auroc", "aupro_0.3")
-    notes = {"done": "no test part", "pruned": "stopped early by the sweep"}
     rows: list[list[object]] = []
     for run, setting, one in zip(runs, settings, about, strict=True):
         row: list[object] = [str(run.relative_to(folder)), *(setting.get(key) for key in differing)]
@@ -445,8 +444,9 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
             stale = metrics["made"]["calibration"]["threshold"] != card["threshold"]
             row += [metrics["normals"]["false_alarm_rate"], "recalibrated since: evaluate again" if stale else ""]
         else:
-            state = "done" if (run / "detector.pt").is_file() else one.get("status")
-            row += [None] * (len(figures) + 2) + [notes.get(state, "unfinished or failed")]
+            finished = (run / "detector.pt").is_file()
+            stopped = "stopped early by the sweep" if one["status"] == "pruned" else "unfinished or failed"
+            row += [None] * (len(figures) + 2) + ["no test part" if finished else stopped]
         rows.append(row)
     return ["run", *differing, "synthetic_mean", *figures, "calibrated_f1", "false_alarm_rate", "note"], rows
 

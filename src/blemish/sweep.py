@@ -404,7 +404,10 @@ class _Driver:
         while (run := self.trials.next()) is not None:
             work = self._begin(run)
             if work is not None:
-                self._end(run, self.train(*work, partial(self.trials.report, run) if self.trials.prunes else None))
+                ending = self.train(*work, partial(self.trials.report, run) if self.trials.prunes else None)
+                if ending.pruned:
+                    print(file=sys.stderr)  # the progress bar stands in the middle of its line
+                self._end(run, ending)
 
     def several(self, jobs: int) -> None:
         """Each run in a process of its own, which writes to log.txt in its folder and dies with this one."""

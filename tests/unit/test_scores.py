@@ -319,13 +319,14 @@ def test_a_model_of_features_is_refused(score):
 # The model's own mask
 
 
-def test_mask_is_a_probability_and_needs_a_mask_head():
+def test_mask_is_evidence_in_nats_and_needs_a_mask_head():
     class Repairing(nn.Module):
         def forward(self, x):
             return Output(x, x, repaired=10 * x[:, :1] - 5)
 
     x = tiles(3)
-    torch.testing.assert_close(MaskScore()(Repairing(), x), 1 / (1 + torch.exp(5 - 10 * x[:, :1])))
+    probability = 1 / (1 + torch.exp(5 - 10 * x[:, :1]))
+    torch.testing.assert_close(MaskScore()(Repairing(), x), -torch.log(1 - probability), rtol=1e-3, atol=1e-3)
     with pytest.raises(ConfigError, match="MaskScore expects a model that says where it repaired"):
         MaskScore()(identity, x)
 

@@ -157,7 +157,9 @@ def _patch(
     """Another normal image blended in without a seam (Pérez et al., SIGGRAPH 2003; NSA, Schlüter et al., ECCV 2022)."""
     inside = _outline(len(window), size, rng)
     inside[:5], inside[-5:], inside[:, :5], inside[:, -5:] = 0, 0, 0, 0
-    inside = cv2.dilate(inside, np.ones((7, 7), np.uint8))  # OpenCV takes 3 pixels off where the image may change
+    inside = np.asarray(
+        cv2.dilate(inside, np.ones((7, 7), np.uint8)), np.uint8
+    )  # OpenCV takes 3 pixels off where the image may change
     left, top, width, height = cv2.boundingRect(inside)
     if not width:
         return window

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError
@@ -10,7 +11,9 @@ from blemish.scores.contracts import ExplainedScore
 
 
 class MaskScore(ExplainedScore):
-    """The model's own belief, in [0, 1], that it repaired a pixel (Zavrtanik et al., DRAEM, ICCV 2021).
+    """The model's own belief that it repaired a pixel (Zavrtanik et al., DRAEM, ICCV 2021), as -log(1 - probability).
+
+    In nats, not as a probability, which would be 1 for all that is certain, and would not tell which is worse.
 
     `CombinedScore` joins it to a residual: see configs/score/repair.yaml.
 
@@ -26,4 +29,4 @@ class MaskScore(ExplainedScore):
                 "MaskScore expects a model that says where it repaired, such as model=repair_ae with "
                 "model.mask_head=true, found one that does not: choose another model, or another score."
             )
-        return output.repaired.float().sigmoid(), output.expected
+        return F.softplus(output.repaired.float()), output.expected

@@ -34,7 +34,8 @@ class ReconstructionObjective(nn.Module):
 
     Sources: Kingma and Welling, arXiv 1312.6114; beta: Higgins et al., ICLR 2017; warm-up: Bowman et al.,
     arXiv 1511.06349; free bits: Kingma et al., arXiv 1606.04934; corrupted and clean regions: Bauer et al.,
-    arXiv 2206.11723; mask: focal loss (Lin et al., ICCV 2017, gamma 2), as in DRAEM, plus Dice loss.
+    arXiv 2206.11723. The mask loss is the binary cross-entropy: the focal and Dice losses usual for rare pixels told
+    synthetic defects from normal pixels no better, and their logits are no probabilities.
 
     Args:
         residual: the per-pixel distance.
@@ -53,7 +54,7 @@ class ReconstructionObjective(nn.Module):
         self,
         residual: Residual,
         corrupted_weight: float = 1.0,
-        mask_weight: float = 0.5,
+        mask_weight: float = 1.0,
         penalty_weight: float = 1.0,
         beta: float = 0.01,
         warmup_steps: int = 0,
@@ -84,20 +85,9 @@ class ReconstructionObjective(nn.Module):
         for latent in output.latents:
             kl = kl + latent.kl().float().mean(dim=0).clamp(min=self.free_bits).sum() / target[0].numel()
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        found = nothing if output.repaired is None else mask_loss(output.repaired, mask)
+        found = nothing
+        if output.repaired is not None:
+            found = F.binary_cross_entropy_with_logits(output.repaired.float(), mask.float())
         penalty = nothing if output.penalty is None else output.penalty.float()
         total = reconstruction + self.beta * warm * kl + self.mask_weight * found + self.penalty_weight * penalty
         return Loss(total, reconstruction, kl, found, penalty)
-
-
-def mask_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Ten times the focal loss (gamma 2), plus the Dice loss over the batch: (B, 1, H, W) x 2 -> a scalar.
-
-    The focal loss alone would let a small defect vanish in the mean; the Dice loss alone is blind to clean tiles.
-    """
-    logits, mask = logits.float(), mask.float()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    found = logits.sigmoid()
-    focal = (cross_entropy * (found - mask).abs().square()).mean()
-    dice = 1 - (2 * (found * mask).sum() + 1) / (found.sum() + mask.sum() + 1)
-    return 10 * focal + dice
