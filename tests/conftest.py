@@ -23,6 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHAPE = (40, 48)
 BLOB = (slice(12, 22), slice(20, 30))
 TINY = (
+    "model=conv_ae",
+    "corruption=coarse_noise",
+    "score=residual",
     "training.steps=4",
     "training.steps_per_epoch=2",
     "training.batch_size=4",

@@ -141,7 +141,7 @@ class Detector:
     def check_size(self, image: Pixels) -> None:
         """Raise ImageError if maps are normalised pixel by pixel and the image has not the size for it."""
         if self.normalisation:
-            self.normalisation.check(self.preprocess(check_pixels(image)).shape[:2])
+            self.normalisation.check(self.preprocess.scored_size(*check_pixels(image).shape[:2]))
 
     def decide(self, score_map: FloatArray) -> Prediction:
         """Turn a score map into a decision.

@@ -13,23 +13,33 @@ from blemish.errors import ConfigError
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Convert to `channels` (1 grey, 3 RGB) and, if `max_side` is set, shrink so that no side is longer.
+    """Convert to `channels` (1 grey, 3 RGB) and, if asked, to another size. The dtype is kept.
 
-    Shrinking keeps the aspect ratio and averages areas; images are never enlarged. The dtype is kept.
+    Args:
+        channels: 1 or 3.
+        max_side: shrink images with a longer side to this many pixels, aspect kept; none is enlarged.
+        size: stretch or shrink every image to a square of this many pixels: parts that fill their picture then lie
+            in the same place, whatever their size.
+
+    Shrinking averages areas.
 
     Raises:
-        ConfigError: `channels` is not 1 or 3, or `max_side` is not positive.
+        ConfigError: `channels` is not 1 or 3, a size is not positive, or both sizes are set.
     """
 
     channels: int
     max_side: int | None = None
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise ConfigError(f"Expected channels 1 (grey) or 3 (colour), found {self.channels}.")
-        if self.max_side is not None and not (isinstance(self.max_side, int) and self.max_side > 0):
+        for name, value in (("max_side", self.max_side), ("size", self.size)):
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise ConfigError(f"Expected image.{name} to be a positive whole number or null, found '{value}'.")
+        if self.max_side is not None and self.size is not None:
             raise ConfigError(
-                f"Expected image.max_side to be a positive whole number or null, found '{self.max_side}'."
+                f"Expected image.max_side or image.size, found both ({self.max_side} and {self.size}): set one to null."
             )
 
     def __call__(self, pixels: Pixels) -> Pixels:
@@ -38,11 +48,19 @@ class Preprocess:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]  # luma of ITU-R BT.601
         elif pixels.shape[2] == 1 and self.channels == 3:
             pixels = np.repeat(pixels, 3, axis=2)
-        height, width = pixels.shape[:2]
-        longest = max(height, width)
-        if self.max_side is not None and longest > self.max_side:
-            scale = self.max_side / longest
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            resized = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-            pixels = resized.reshape(size[1], size[0], self.channels)
+        height, width = self.scored_size(pixels.shape[0], pixels.shape[1])
+        if (height, width) != pixels.shape[:2]:
+            shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
+            method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+            pixels = cv2.resize(pixels, (width, height), interpolation=method).reshape(height, width, self.channels)
         return pixels
+
+    def scored_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after preprocessing."""
+        if self.size is not None:
+            return self.size, self.size
+        longest = max(height, width)
+        if self.max_side is None or longest <= self.max_side:
+            return height, width
+        scale = self.max_side / longest
+        return max(1, round(height * scale)), max(1, round(width * scale))

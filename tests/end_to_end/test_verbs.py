@@ -135,6 +135,7 @@ def test_run_folder_is_complete(tiny_run):
         "metrics.json",
         "curves.json",
         "evaluation.csv",
+        "synthetic.json",
         "gallery.zip",
         "report.html",
         "checkpoints/best.ckpt",

@@ -28,7 +28,7 @@ from blemish.training.objectives import ReconstructionObjective
 from blemish.training.task import ReconstructionTask
 
 CHECKPOINTS = "checkpoints"
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 _OWN_ARGUMENTS = {
     "callbacks",
     "default_root_dir",
@@ -146,7 +146,7 @@ def fit(
     if settings.patience is not None:
         callbacks.append(EarlyStopping("val/loss", patience=settings.patience, check_finite=True))
     lightning = pl.Trainer(
-        **trainer,
+        **(dict(trainer) | {"precision": pick_precision(trainer)}),
         default_root_dir=run,
         logger=TensorBoardLogger(run, name="tensorboard", version=""),
         callbacks=callbacks,
@@ -190,11 +190,28 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
             f"Expected trainer.precision to be one of {', '.join(_PRECISIONS)}, found '{trainer['precision']}'."
         )
     try:
-        lightning = pl.Trainer(**trainer, logger=False, enable_checkpointing=False)
+        arguments = dict(trainer) | {"precision": pick_precision(trainer)}
+        lightning = pl.Trainer(**arguments, logger=False, enable_checkpointing=False)
         if type(lightning.strategy.launcher).__name__ == "_SubprocessScriptLauncher":
             raise ConfigError("Several devices need trainer=ddp: other strategies would start the whole command anew.")
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"The settings of trainer do not fit: {error}") from error
+
+
+def pick_precision(trainer: Mapping[str, Any]) -> str:
+    """ "auto" becomes bf16-mixed on hardware that multiplies bfloat16 matrices natively, else 32-true.
+
+    On two cores with such units (AMX), training steps took half the time.
+    """
+    precision = str(trainer.get("precision", "32-true"))
+    if precision != "auto":
+        return precision
+    if trainer.get("accelerator") != "cpu" and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+        fast = bool(capabilities.get("amx_bf16", False))
+    return "bf16-mixed" if fast else "32-true"
 
 
 def load_best(run: Path, model: nn.Module) -> nn.Module:

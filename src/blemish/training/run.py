@@ -137,11 +137,12 @@ class _Parts:
         training: TrainingSettings = build_section(TrainingSettings, settings, "training")
         check_trainer(settings["trainer"])
         normalisation: NormalisationSettings = build_section(NormalisationSettings, settings, "normalisation")
+        # Before the model is tried on a tile.
+        preprocess: Preprocess = build_section(Preprocess, settings, "image")
+        build_section(Tiling, settings, "tiling")
         if normalisation.kind != "none":
-            _check_normalisation(splits, normalisation, settings["calibration"]["mask_rule"])
+            _check_normalisation(splits, normalisation, preprocess, settings["calibration"]["mask_rule"])
         torch.manual_seed(settings["seed"])
-        for section, name in ((Preprocess, "image"), (Tiling, "tiling")):
-            build_section(section, settings, name)  # before the model is tried on a tile
         model = build_model(settings)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         # The detector's own parts, so that training cuts and converts just as prediction will.
@@ -175,7 +176,9 @@ def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
     return splits
 
 
-def _check_normalisation(splits: Splits, normalisation: NormalisationSettings, mask_rule: str) -> None:
+def _check_normalisation(
+    splits: Splits, normalisation: NormalisationSettings, preprocess: Preprocess, mask_rule: str
+) -> None:
     """Raise ConfigError or DataError, before training, if score maps cannot be compared pixel by pixel."""
     if mask_rule == "parametric_noise":
         raise ConfigError(
@@ -187,6 +190,8 @@ def _check_normalisation(splits: Splits, normalisation: NormalisationSettings, m
             f"Spatial normalisation needs two or more {normalisation.source} images, found "
             f"{len(splits.of(normalisation.source))}: set a larger split.validation, or normalisation.source=train."
         )
+    if preprocess.size is not None:
+        return
     first: tuple[Path, int, int] | None = None
     for item in splits.records:
         if item.record.split != "test":
@@ -196,7 +201,7 @@ def _check_normalisation(splits: Splits, normalisation: NormalisationSettings, m
                 raise DataError(
                     f"Spatial normalisation expects aligned images of equal size, found {first[0]} with {first[1]} x "
                     f"{first[2]} and {item.record.path} with {info.width} x {info.height} pixels: set "
-                    "normalisation.kind=none."
+                    "normalisation.kind=none, or image.size to bring them to one."
                 )
 
 
