@@ -77,13 +77,11 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
         run = Path(config.out) if config.out is not None else dated("runs")
         if run.exists() and (not run.is_dir() or any(item.name != LOG_FILE for item in run.iterdir())):
             raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
-        from blemish.training.run import common_channels, start
+        from blemish.training.run import fit_to_images, start
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
         records = _read(_plain(config.data)).sound()
-        if config.image.channels is None:
-            normals = [record.path for record in records if record.is_normal and record.split != "test"]
-            config.image.channels = common_channels(normals)
+        fit_to_images(config, [record.path for record in records if record.is_normal and record.split != "test"])
         settings = {key: value for key, value in _plain(config).items() if key != "sweep"}
         finished = start(run, settings, records, overrides, report)
     _print_calibration(finished.calibration)

@@ -17,30 +17,31 @@ class Preprocess:
 
     Args:
         channels: 1 or 3.
-        max_side: shrink images with a longer side to this many pixels, aspect kept; none is enlarged.
+        short_side: shrink images whose shorter side is longer than this many pixels, aspect kept; none is enlarged.
+        max_side: the same for the longer side.
         size: stretch or shrink every image to a square of this many pixels: parts that fill their picture then lie
             in the same place, whatever their size.
 
     Shrinking averages areas.
 
     Raises:
-        ConfigError: `channels` is not 1 or 3, a size is not positive, or both sizes are set.
+        ConfigError: `channels` is not 1 or 3, a size is not positive, or more than one is set.
     """
 
     channels: int
     max_side: int | None = None
+    short_side: int | None = None
     size: int | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise ConfigError(f"Expected channels 1 (grey) or 3 (colour), found {self.channels}.")
-        for name, value in (("max_side", self.max_side), ("size", self.size)):
+        sizes = {"max_side": self.max_side, "short_side": self.short_side, "size": self.size}
+        for name, value in sizes.items():
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise ConfigError(f"Expected image.{name} to be a positive whole number or null, found '{value}'.")
-        if self.max_side is not None and self.size is not None:
-            raise ConfigError(
-                f"Expected image.max_side or image.size, found both ({self.max_side} and {self.size}): set one to null."
-            )
+        if len(given := [f"image.{name}={value}" for name, value in sizes.items() if value is not None]) > 1:
+            raise ConfigError(f"Expected one way to size images, found {' and '.join(given)}: set all but one to null.")
 
     def __call__(self, pixels: Pixels) -> Pixels:
         """(H, W, 1 or 3) -> (H', W', channels), same dtype."""
@@ -59,8 +60,8 @@ class Preprocess:
         """(height, width) after preprocessing."""
         if self.size is not None:
             return self.size, self.size
-        longest = max(height, width)
-        if self.max_side is None or longest <= self.max_side:
+        side, bound = (max, self.max_side) if self.max_side is not None else (min, self.short_side)
+        scale = 1.0 if bound is None else bound / side(height, width)
+        if scale >= 1:
             return height, width
-        scale = self.max_side / longest
         return max(1, round(height * scale)), max(1, round(width * scale))

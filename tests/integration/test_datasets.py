@@ -237,3 +237,46 @@ def test_augmentation_that_changes_the_size_is_refused(files):
 def test_wrong_augmentation_is_refused(transforms, fragment):
     with pytest.raises(ConfigError, match=fragment):
         Augmentation(transforms)
+
+
+# Borders
+
+
+def places(tmp_path, save, shape, size=SIZE, draws=4000):
+    """Where that many tiles began, (draws, 2), read off pixels that hold their own row and column."""
+    grid = np.stack([*np.indices(shape), np.zeros(shape)], -1).astype(np.uint8)
+    tiles = TrainingTiles(cache([save(tmp_path / "grid.png", grid)], channels=3), size, seed=0)
+    batch = tiles.__getitems__(list(range(draws))).numpy()
+    starts = batch[:, :2, 0, 0].astype(int)
+    rows, columns = (starts[:, axis, None] + np.arange(size) for axis in (0, 1))
+    assert (batch[:, 0] == rows[:, :, None]).all() and (batch[:, 1] == columns[:, None]).all()
+    return starts
+
+
+def test_tiles_never_leave_their_image(tmp_path, save):
+    starts = places(tmp_path, save, (20, 43))
+    assert set(starts[:, 0]) == set(range(20 - SIZE + 1)) and set(starts[:, 1]) == set(range(43 - SIZE + 1))
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
+def test_borders_are_seen_about_as_often_as_in_prediction(tmp_path, save, shape):
+    starts = places(tmp_path, save, shape)
+    for axis, side in enumerate(shape):
+        seen = [float(((starts[:, axis] <= at) & (at < starts[:, axis] + SIZE)).mean()) for at in (0, side // 2, -1)]
+        seen[2] = float((starts[:, axis] == side - SIZE).mean())
+        predicted = 1 / len(Tiling(SIZE, 0.25).starts(side))  # the share of the tiles that see the first row
+        for border in (seen[0], seen[2]):
+            assert border > 0.4 * predicted  # drawn evenly, 0.13 at most
+            assert border == pytest.approx((SIZE // 4 + 1) / (side - SIZE + SIZE // 2 + 1), rel=0.15)
+        assert seen[1] == pytest.approx(SIZE / (side - SIZE + SIZE // 2 + 1), rel=0.1)  # the middle hardly loses
+
+
+def test_between_the_borders_tiles_begin_everywhere_alike(tmp_path, save):
+    counts = np.bincount(places(tmp_path, save, (48, 48), draws=8000).ravel(), minlength=33)
+    inner = counts[1:-1]
+    assert 0.8 * inner.mean() < inner.min() and inner.max() < 1.2 * inner.mean()
+
+
+def test_an_image_of_the_tiles_size_gives_itself(tmp_path, save):
+    assert (places(tmp_path, save, (SIZE, SIZE), draws=50) == 0).all()
+    assert set(places(tmp_path, save, (SIZE, SIZE + 1), draws=50)[:, 1]) == {0, 1}

@@ -195,11 +195,11 @@ class Structured:
         self,
         shapes: Sequence[str] | None = None,
         fills: Sequence[str] | None = None,
-        probability: float = 0.7,
-        most: int = 3,
-        smallest: float = 0.03,
+        probability: float = 0.8,
+        most: int = 4,
+        smallest: float = 0.06,
         largest: float = 0.5,
-        faintest: float = 0.2,
+        faintest: float = 0.4,
         anchor: float = 0.0,
     ) -> None:
         for name, chosen, known in (("shapes", shapes, SHAPES), ("fills", fills, FILLS)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError, nearest_names
+from blemish.models.contracts import Output
 from blemish.scores.contracts import ExplainedScore, FittableScore, explain
 
 JOINS = ("sum", "max")
@@ -45,7 +46,8 @@ class CombinedScore(ExplainedScore):
         self.register_buffer("scale", torch.ones(len(terms)))
 
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        explained = [explain(term, model, x) for term in self.terms]
+        once = _Remembering(model)
+        explained = [explain(term, once, x) for term in self.terms]
         scores = torch.cat([score for score, _ in explained], dim=1)  # (B, K, H, W)
         location, scale = (buffer.to(scores)[:, None, None] for buffer in (self.location, self.scale))
         scores = ((scores - location) / scale).clamp(min=0)
@@ -64,3 +66,24 @@ class CombinedScore(ExplainedScore):
             median, high = (values.kthvalue(max(1, round(q * len(values)))).values for q in (0.5, self.quantile))
             self.location[number] = median
             self.scale[number] = (high - median).clamp(min=1e-6)  # a score may be constant on normal tiles
+
+
+class _Remembering(nn.Module):
+    """A model that answers the same tiles but once, so that several terms cost one forward pass.
+
+    While it trains (Monte Carlo puts it so to draw) it is asked anew. Tiles are the same if they are the same object.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self._answer: tuple[Tensor, Output] | None = None
+
+    def forward(self, x: Tensor) -> Output:
+        if self.training or (x.requires_grad and torch.is_grad_enabled()):
+            answer: Output = self.model(x)
+            return answer
+        if self._answer is None or self._answer[0] is not x:
+            self._answer = (x, self.model(x))
+        return self._answer[1]

@@ -37,6 +37,7 @@ from blemish.training.callbacks import Pruned, SyntheticWatch
 from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
+_LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 
 
@@ -277,20 +278,37 @@ def _go_on(
     return Finished(calibration, metrics, figure)
 
 
-def common_channels(paths: Iterable[Path]) -> int:
-    """1 if every image is grey, 3 if every image has colour; unreadable ones are left for the decoder to report.
+def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
+    """Fill in what is null and depends on the images: `image.channels` and `tiling.size`.
+
+    Tiles are as large as the smallest image (after preprocessing) allows in steps of 32 pixels, at most 192 or what
+    `image.short_side` or `image.size` says. Unreadable images are left for the decoder to report.
+
+    Args:
+        settings: the settings of `blemish train`.
+        paths: of the defect-free images.
 
     Raises:
-        DataError: the images mix both.
+        DataError: the images mix grey and colour. ConfigError: the settings of `image` do not fit.
     """
     first: dict[int, Path] = {}
+    sides: set[tuple[int, int]] = set()
     for path in paths:
         try:
-            first.setdefault(probe(path).channels, path)
+            info = probe(path)
         except ImageError:
             continue
-    if len(first) == 2:
-        raise DataError(
-            f"The images mix grey ({first[1]}) and colour ({first[3]}): set image.channels=1 to make all grey, or 3."
-        )
-    return next(iter(first), 1)
+        first.setdefault(info.channels, path)
+        sides.add((info.height, info.width))
+    if settings.image.channels is None:
+        if len(first) == 2:
+            raise DataError(
+                f"The images mix grey ({first[1]}) and colour ({first[3]}): set image.channels=1 to make all grey, or "
+                "3."
+            )
+        settings.image.channels = next(iter(first), 1)
+    if settings.tiling.size is None:
+        preprocess = Preprocess(**settings.image)
+        most = preprocess.size or preprocess.short_side or _LARGEST_TILE
+        smallest = min((min(preprocess.scored_size(*side)) for side in sides), default=most)
+        settings.tiling.size = max(_TILE_STEP, min(smallest, most) // _TILE_STEP * _TILE_STEP)

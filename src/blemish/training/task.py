@@ -54,7 +54,8 @@ class ReconstructionTask(pl.LightningModule):
         return to_input(batch).contiguous(memory_format=self._format)  # they travel as uint8, a quarter of the bytes
 
     def _loss(self, x: Tensor) -> Loss:
-        given, target, mask = self.corruption(x)
+        with torch.autocast(x.device.type, enabled=False):  # whose coordinates 8 bits of mantissa would ruin
+            given, target, mask = self.corruption(x)
         if self.standardise:  # by what the model is given, as when scoring
             light = Light.of(given)
             given, target = light.remove(given), light.remove(target)

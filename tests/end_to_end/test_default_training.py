@@ -1,0 +1,96 @@
+"""`blemish train` as it comes, but tiny: what the defaults choose works together, is saved, and predicts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from blemish import load_detector
+from blemish.checkpoint import read_checkpoint
+from blemish.data.images import read_pixels
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+# Only what makes it tiny; all else, the precision included, is as a user has it who sets nothing.
+SMALL = (
+    *("training.steps=4", "training.steps_per_epoch=2", "training.batch_size=4"),
+    *("model.width=4", "model.depth=2", "calibration.alpha=0.1"),
+)
+
+
+@pytest.fixture(scope="module")
+def default_run(tiny_data, run_cli, tmp_path_factory):
+    run = tmp_path_factory.mktemp("default") / "run"
+    result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", *SMALL])
+    assert result.code == 0, result.err
+    assert result.sentences == []
+    return run
+
+
+def settings_of(run):
+    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+
+
+def test_defaults_are_what_the_manual_says(default_run):
+    settings = settings_of(default_run)
+    assert settings["model"]["_target_"].endswith(".RepairAutoencoder") and settings["model"]["mask_head"]
+    assert settings["corruption"]["_target_"].endswith(".Structured")
+    assert [term["_target_"].rpartition(".")[2] for term in settings["score"]["terms"]] == [
+        "ResidualScore",
+        "MaskScore",
+    ]
+    assert settings["tiling"]["standardise"] is True and settings["trainer"]["precision"] == "auto"
+
+
+def test_what_is_null_was_taken_from_the_images_and_saved(default_run):
+    settings, saved = settings_of(default_run), read_checkpoint(default_run)["config"]
+    assert settings["tiling"]["size"] == saved["tiling"]["size"] == 32  # of images of 40 x 48
+    assert settings["image"]["channels"] == saved["image"]["channels"] == saved["model"]["channels"] == 1
+
+
+def test_score_has_learned_of_normal_tiles(default_run):
+    state = read_checkpoint(default_run)["score_state"]
+    assert state["location"].shape == state["scale"].shape == (2,)
+    assert (state["scale"] > 0).all() and not torch.equal(state["scale"], torch.ones(2))
+
+
+def test_saved_run_predicts_in_the_images_own_size_and_brightness(default_run, tiny_data):
+    detector = load_detector(default_run)
+    assert detector.scorer.standardise
+    path = tiny_data / "test/blob/000.png"
+    prediction = detector(path)
+    assert prediction.score_map.shape == (40, 48) and np.isfinite(prediction.score_map).all()
+    assert prediction.score_map.min() >= 0 and prediction.is_anomalous == (
+        prediction.image_score > detector.card.threshold
+    )
+    pixels = read_pixels(path).astype(np.float32) / 255
+    darker = detector.score_map(0.5 * pixels)
+    np.testing.assert_allclose(darker, detector.score_map(pixels), rtol=0.01, atol=0.01 * darker.max())
+    score_map, expected = detector.explain(read_pixels(path))
+    np.testing.assert_allclose(score_map, prediction.score_map, rtol=1e-3, atol=1e-3)
+    assert expected.shape == (40, 48, 1)
+
+
+def test_saved_run_predicts_from_the_command_line(default_run, tiny_data, run_cli, tmp_path):
+    out = tmp_path / "out"
+    result = run_cli(["predict", f"run={default_run}", f"input={tiny_data / 'test'}", f"out={out}"])
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 13 and all(line["error"] is None and line["decision"] for line in lines)
+    detector = load_detector(default_run)
+    for line in lines:
+        assert line["image_score"] == pytest.approx(detector(line["path"]).image_score, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", ["vae", "conv_ae", "unet", "memory_ae", "vqvae", "hierarchical_vae"])
+def test_other_models_work_with_all_other_defaults(model, tiny_data, run_cli, tmp_path, texture):
+    run = tmp_path / "run"
+    result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", f"model={model}", *SMALL])
+    assert result.code == 0, result.err
+    score_map = load_detector(run).score_map(texture(5))
+    assert score_map.shape == (40, 48) and np.isfinite(score_map).all()
+    assert (read_checkpoint(run)["score_state"]["scale"][1] == 1e-6) == (model != "unet")  # it alone has a mask head
