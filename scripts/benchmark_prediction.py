@@ -62,7 +62,7 @@ def invent_run(folder: Path) -> Path:
 
     torch.manual_seed(0)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", ["data.root=.", "image.channels=1"])
+        config = compose("train", ["data.root=.", "image.channels=1", "tiling.size=128"])
     settings: Any = OmegaConf.to_container(config, resolve=True)
     model = build_model(settings)
     detector = assemble(settings, model)

@@ -1,11 +1,12 @@
-"""Training throughput through `blemish train` against a bare PyTorch loop, in one run.
+"""Training throughput through `blemish train` against a bare PyTorch loop, and with corruption against without.
 
     python scripts/benchmark_training.py [steps]
 
-Both train the default model with the default settings (batch, residual, corruption, optimiser, schedule) on the
-same number of tiles of random images; the bare loop has its tiles in memory as one tensor. The two alternate,
-epoch by epoch, in one process, so that a machine that slows down slows both. blemish's time is that of an epoch
-of training steps: loader, Lightning, logging and progress bar included; validation is not.
+All train the default model with the default settings (batch, precision, objective, optimiser, schedule) on the
+same number of tiles of random images; the bare loops have their tiles in memory as one tensor, and one of them leaves
+the corruption out. They alternate, epoch by epoch, in one process, so that a machine that slows down slows all.
+blemish's time is that of an epoch of training steps: loader, Lightning, logging and progress bar included; validation
+is not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +29,44 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from blemish.build import build
 from blemish.checkpoint import build_model
 from blemish.cli import config_folder
+from blemish.data.corruption import Corruption, NoCorruption
 from blemish.data.datamodule import TileDataModule
 from blemish.data.datasets import TrainingTiles, ValidationTiles
+from blemish.standardise import Light
 from blemish.tiling import Tiling
+from blemish.training.fit import pick_precision
 from blemish.training.task import ReconstructionTask
 
-IMAGES, SIDE, STEPS = 512, 160, 40
+IMAGES, SIDE, STEPS = 128, 192, 40
 
 
 class Interleaved(pl.Callback):
-    """Times each training epoch, then gives the bare loop its turn."""
+    """Times each training epoch, then gives the bare loops their turn."""
 
-    def __init__(self, bare: BareLoop) -> None:
-        self.bare = bare
-        self.blemish_seconds: list[float] = []
-        self.bare_seconds: list[float] = []
+    def __init__(self, loops: Mapping[str, BareLoop]) -> None:
+        self.loops = loops
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("blemish", *loops)}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.blemish_seconds.append(time.perf_counter() - self._start)
-        start = time.perf_counter()
-        self.bare.epoch()
-        self.bare_seconds.append(time.perf_counter() - start)
+        self.seconds["blemish"].append(time.perf_counter() - self._start)
+        for name, loop in self.loops.items():
+            start = time.perf_counter()
+            loop.epoch()
+            self.seconds[name].append(time.perf_counter() - start)
 
 
 class BareLoop:
     """What one would write by hand: a tensor of tiles, a model, a loss, an optimiser."""
 
-    def __init__(self, settings: dict[str, Any], tiles: torch.Tensor, epochs: int) -> None:
+    def __init__(self, settings: dict[str, Any], corruption: Corruption, tiles: torch.Tensor, epochs: int) -> None:
         training = settings["training"]
         self.tiles, self.batch = tiles, training["batch_size"]
         self.model = build_model(settings).to(memory_format=torch.channels_last).train()
-        self.residual = build(settings["residual"])
-        self.corruption = build(settings["corruption"])
+        self.objective, self.corruption = build(settings["objective"]), corruption
+        self.low = pick_precision(settings["trainer"]) == "bf16-mixed"
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), training["learning_rate"], weight_decay=training["weight_decay"]
         )
@@ -73,7 +78,11 @@ class BareLoop:
         for _ in range(STEPS):
             chosen = torch.randint(len(self.tiles), (self.batch,))
             x = self.tiles[chosen].contiguous(memory_format=torch.channels_last)
-            loss = self.residual(x, self.model(self.corruption(x)).expected).mean()
+            given, target, mask = self.corruption(x)
+            light = Light.of(given)
+            given, target = light.remove(given).contiguous(memory_format=torch.channels_last), light.remove(target)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
+                loss = self.objective(self.model(given), target, mask, 0).total
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -84,7 +93,7 @@ class BareLoop:
 def main() -> None:
     epochs = max(3, int(sys.argv[1]) // STEPS) if len(sys.argv) > 1 else 6
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", ["data.root=.", "image.channels=1"])
+        config = compose("train", ["data.root=.", "image.channels=1", f"tiling.size={SIDE}", "trainer.accelerator=cpu"])
     settings: Any = OmegaConf.to_container(config, resolve=True)
     tiling, training = Tiling(**settings["tiling"]), settings["training"]
     images = list(np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 1), dtype=np.uint8))
@@ -99,6 +108,7 @@ def main() -> None:
         STEPS * epochs,
         seed=0,
         channels_last=training["channels_last"],
+        standardise=tiling.standardise,
     )
     data = TileDataModule(
         TrainingTiles(images, tiling.size, 0),  # type: ignore[arg-type]  # a list serves as the cache
@@ -107,10 +117,11 @@ def main() -> None:
         STEPS,
         training["workers"],
     )
-    timer = Interleaved(BareLoop(settings, tiles, epochs))
+    loops = {"bare loop": build(settings["corruption"]), "without corruption": NoCorruption()}
+    timer = Interleaved({name: BareLoop(settings, kind, tiles, epochs) for name, kind in loops.items()})
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            **settings["trainer"],
+            **(settings["trainer"] | {"precision": pick_precision(settings["trainer"])}),
             max_epochs=epochs,
             limit_val_batches=0,
             logger=TensorBoardLogger(Path(folder), name="tensorboard", version=""),
@@ -121,13 +132,13 @@ def main() -> None:
         )
         trainer.fit(task, data)
     tiles_per_epoch = STEPS * training["batch_size"]
-    # The first epoch warms up both.
-    pairs = list(zip(timer.blemish_seconds, timer.bare_seconds, strict=True))[1:]
-    ratios = [bare / ours for ours, bare in pairs]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {training['batch_size']} tiles a step")
-    print(f"blemish:   {tiles_per_epoch / statistics.median(ours for ours, _ in pairs):.1f} tiles/s")
-    print(f"bare loop: {tiles_per_epoch / statistics.median(bare for _, bare in pairs):.1f} tiles/s")
-    print(f"ratio:     {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
+    seconds = {name: values[1:] for name, values in timer.seconds.items()}  # the first epoch warms up all
+    for name, values in seconds.items():
+        print(f"{name}: {tiles_per_epoch / statistics.median(values):.1f} tiles/s")
+    for of, to in (("blemish", "bare loop"), ("bare loop", "without corruption")):
+        ratios = [other / own for own, other in zip(seconds[of], seconds[to], strict=True)]
+        print(f"{of} / {to}: {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ TINY = (
     "training.steps_per_epoch=2",
     "training.batch_size=4",
     "tiling.size=32",
+    "tiling.standardise=false",
     "model.width=4",
     "model.depth=2",
     "model.latent_dim=4",

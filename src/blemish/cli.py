@@ -32,6 +32,7 @@ _GOES_ON = {
 }
 _POSITIONAL = {"compare": "dir", "check": "data.root", "report": "run"}
 _PATHS = ("data.root", "out", "run", "input", "dir", "resume", "state")
+_MAY_BE_NULL = ("training.patience", "image.short_side")
 _HYDRA = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -338,7 +339,7 @@ def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
         for kind, name in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
             if isinstance(before, kind):
                 fits = isinstance(after, (int, float) if kind is float else kind)
-                may_be_null = prefix == "trainer." or f"{prefix}{key}" == "training.patience"
+                may_be_null = prefix == "trainer." or f"{prefix}{key}" in _MAY_BE_NULL
                 if not fits and not (after is None and may_be_null):
                     raise ConfigError(f"The setting {prefix}{key} expects {name}, found '{after}'.")
                 break

@@ -81,6 +81,10 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
         records = _read(_plain(config.data)).sound()
+        if not any(word.startswith("image.short_side=") for word in overrides) and (
+            config.image.size is not None or config.image.max_side is not None
+        ):
+            config.image.short_side = None  # a default, which another way to size images replaces
         fit_to_images(config, [record.path for record in records if record.is_normal and record.split != "test"])
         settings = {key: value for key, value in _plain(config).items() if key != "sweep"}
         finished = start(run, settings, records, overrides, report)

@@ -50,10 +50,10 @@ class Preprocess:
         elif pixels.shape[2] == 1 and self.channels == 3:
             pixels = np.repeat(pixels, 3, axis=2)
         height, width = self.scored_size(pixels.shape[0], pixels.shape[1])
-        if (height, width) != pixels.shape[:2]:
-            shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
-            method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            pixels = cv2.resize(pixels, (width, height), interpolation=method).reshape(height, width, self.channels)
+        smaller = (min(height, pixels.shape[0]), min(width, pixels.shape[1]))
+        for (rows, columns), method in ((smaller, cv2.INTER_AREA), ((height, width), cv2.INTER_LINEAR)):
+            if (rows, columns) != pixels.shape[:2]:
+                pixels = cv2.resize(pixels, (columns, rows), interpolation=method).reshape(rows, columns, self.channels)
         return pixels
 
     def scored_size(self, height: int, width: int) -> tuple[int, int]:

@@ -139,7 +139,7 @@ TABLE = [
     (FEW + "tiling.size=30", "multiple of 4, such as 32"),
     (FEW + "model.depth=4 tiling.size=100", "multiple of 16, such as 96"),
     (FEW + "tiling.size=0", "tiling.size >= 1"),
-    (FEW + "tiling.size=null", "tiling"),
+    (FEW + "+image.foo=3", "foo"),
     (FEW + "tiling.overlap=1", "tiling.overlap"),
     (FEW + "tiling.batch=0", "tiling.batch"),
     (FEW + "smoothing.sigma=-1", "smoothing.sigma"),

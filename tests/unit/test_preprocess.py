@@ -69,11 +69,11 @@ def test_an_even_image_keeps_its_value_larger_or_smaller(way, dtype, value):
 
 
 def test_shrinking_averages_areas():
-    pixels = image(60, 90, 3, np.float32)
-    blocks = pixels.reshape(30, 2, 45, 2, 3).mean((1, 3))
+    pixels = image(90, 120, 3, np.float32)
+    blocks = pixels.reshape(30, 3, 40, 3, 3).mean((1, 3))
     np.testing.assert_allclose(Preprocess(3, short_side=30)(pixels), blocks, atol=1e-6)
-    square = image(60, 60, 1, np.float32)
-    np.testing.assert_allclose(Preprocess(1, size=30)(square), square.reshape(30, 2, 30, 2, 1).mean((1, 3)), atol=1e-6)
+    square = image(120, 90, 1, np.float32)
+    np.testing.assert_allclose(Preprocess(1, size=30)(square), square.reshape(30, 4, 30, 3, 1).mean((1, 3)), atol=1e-6)
 
 
 def test_size_keeps_what_lies_where():

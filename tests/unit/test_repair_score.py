@@ -52,6 +52,14 @@ class Drawn(nn.Module):
             return (model(x).expected - x).abs()
 
 
+class Slope(nn.Module):
+    """A score that follows gradients to the very tiles that it is given."""
+
+    def forward(self, model, x):
+        with torch.enable_grad():
+            return torch.autograd.grad(model(x).expected.sum(), x)[0].abs()
+
+
 def repair_score():
     path = config_folder() / "score/repair.yaml"
     return build(yaml.safe_load(path.read_text(encoding="utf-8")), TRUSTED, "score")
@@ -115,6 +123,12 @@ def test_terms_of_a_vae_are_what_they_are_alone(other, count):
 def test_draws_are_no_decodings_of_the_mean():
     model, x = model_of(VariationalAutoencoder, latent_dim=3), tiles()  # else the test above would show nothing
     assert (Drawn()(model, x) - ResidualScore(L1())(model, x)).abs().max() > 1e-3
+
+
+def test_what_was_remembered_does_not_stop_gradients():
+    model, x, residual = model_of(ConvAutoencoder, latent_dim=3), tiles().requires_grad_(), ResidualScore(L1())
+    alone = residual(model, x) + Slope()(model, x)
+    torch.testing.assert_close(CombinedScore([residual, Slope()])(model, x), alone)
 
 
 # Without a mask head

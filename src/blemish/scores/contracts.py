@@ -18,7 +18,7 @@ class Score(Protocol):
     """Turns a model in evaluation mode and tiles into score tiles; owns the gradient mode."""
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> (B, 1, H, W), >= 0, higher is worse; no tile depends on its neighbours."""
+        """(B, C, H, W) in [0, 1], or standardised -> (B, 1, H, W), >= 0, higher is worse, each tile on its own."""
 
 
 @runtime_checkable
@@ -26,7 +26,7 @@ class FittableScore(Protocol):
     """A score that learns of normal tiles after training, and keeps it in buffers, which the checkpoint carries."""
 
     def fit(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Batches of normal tiles (B, C, H, W) in [0, 1], none of which calibrates."""
+        """Batches of normal tiles (B, C, H, W) in [0, 1], or standardised, none of which calibrates."""
 
 
 class ExplainedScore(nn.Module, ABC):
@@ -89,6 +89,11 @@ def expected_tile(output: Output, x: Tensor, score: nn.Module) -> Tensor:
             f"{tuple(output.expected.shape[1:])}: choose a model in pixel space, or another score."
         )
     return output.expected
+
+
+def bounded(y: Tensor, x: Tensor) -> Tensor:
+    """y kept to [0, 1], or to the range of the tiles x where that is wider: standardised tiles leave [0, 1]."""
+    return torch.minimum(torch.maximum(y, x.amin((1, 2, 3), True).clamp(max=0)), x.amax((1, 2, 3), True).clamp(min=1))
 
 
 def check_counts(**numbers: int) -> None:

@@ -9,6 +9,7 @@ from blemish.errors import ConfigError, nearest_names
 from blemish.residuals import Residual
 from blemish.scores.contracts import (
     ExplainedScore,
+    bounded,
     check_counts,
     check_not_negative,
     expected_tile,
@@ -107,5 +108,5 @@ class ProjectionScore(ExplainedScore):
                 nearest = torch.where(better, x, nearest)
                 direction = torch.where(better, (slope + self.weight * way.sign()) * (x - expected).square(), direction)
                 lowest, rate = torch.where(better, energy, lowest), torch.where(better, rate, rate / 2)
-                x = (nearest - rate * direction).clamp(0, 1)
+                x = bounded(nearest - rate * direction, tile)
         return nearest

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from blemish.errors import ConfigError
 from blemish.residuals import Residual
-from blemish.scores.contracts import ExplainedScore, check_counts, expected_tile
+from blemish.scores.contracts import ExplainedScore, bounded, check_counts, expected_tile
 
 
 class RecursiveScore(ExplainedScore):
@@ -34,7 +34,7 @@ class RecursiveScore(ExplainedScore):
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         expected = expected_tile(model(x), x, self)
         for _ in range(self.times):
-            expected = expected_tile(model(expected.clamp(0, 1)), x, self)
+            expected = expected_tile(model(bounded(expected, x)), x, self)
         return self.residual(x, expected), expected
 
 

@@ -308,7 +308,7 @@ def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
             )
         settings.image.channels = next(iter(first), 1)
     if settings.tiling.size is None:
-        preprocess = Preprocess(**settings.image)
+        preprocess: Preprocess = build_section(Preprocess, settings, "image")
         most = preprocess.size or preprocess.short_side or _LARGEST_TILE
         smallest = min((min(preprocess.scored_size(*side)) for side in sides), default=most)
         settings.tiling.size = max(_TILE_STEP, min(smallest, most) // _TILE_STEP * _TILE_STEP)
