@@ -27,6 +27,7 @@ def data():
     return find
 
 
+@pytest.mark.slow
 def test_check_of_dice(data, run_cli):
     result = run_cli(["check", "data=mvtec", f"data.root={data('dice')}"])
     assert "images: 6271" in result.out and "6219 good" in result.out

@@ -228,7 +228,7 @@ def test_poor_runs_stop_early_in_processes_of_their_own():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_interrupted_sweep_leaves_no_process_behind(how):
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_sweep import *\n"
     code += "run_sweep('out', GRID, ['wait=600'], sampler='grid', jobs=2)"
