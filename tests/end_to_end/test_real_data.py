@@ -38,7 +38,8 @@ def test_check_of_dice(data, run_cli):
 
 @pytest.mark.slow
 def test_dice_defects_are_found(data, run_cli, tmp_path):
-    settings = ["training.steps=60", "training.steps_per_epoch=30", "trainer=cpu", "calibration.alpha=0.05"]
+    settings = ["training.steps=120", "training.steps_per_epoch=60", "training.batch_size=16", "report.images=0"]
+    settings += ["trainer=cpu", "calibration.alpha=0.05"]
     result = run_cli(["train", "data=mvtec", f"data.root={data('dice')}", "out=run", *settings])
     assert result.code == 0, result.err
     metrics = json.loads((tmp_path / "run/metrics.json").read_text(encoding="utf-8"))
@@ -52,6 +53,7 @@ def test_magnetic_tile_from_check_to_prediction(data, run_cli, tmp_path):
     root = data("magnetic_tile")
     assert "masks: 392" in run_cli(["check", "data=mvtec", f"data.root={root}"]).out
     settings = ["training.steps=20", "training.steps_per_epoch=10", "trainer=cpu", "model.width=8", "tiling.size=64"]
+    settings += ["report.images=100"]
     result = run_cli(["train", "data=mvtec", f"data.root={root}", "out=run", *settings])
     assert result.code == 0, result.err
     metrics = json.loads((tmp_path / "run/metrics.json").read_text(encoding="utf-8"))
