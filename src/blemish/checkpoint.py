@@ -62,10 +62,11 @@ def assemble(
     """
     parts = {name: config[name] for name in PARTS}
     score = build(parts["score"], trusted, "score") if score is None else score
+    tiling: Tiling = build_section(Tiling, parts, "tiling", trusted)
     return Detector(
-        scorer=TorchScorer(model, score, device, parts["tiling"].get("standardise", False)),
+        scorer=TorchScorer(model, score, device, tiling.standardise),
         preprocess=build_section(Preprocess, parts, "image", trusted),
-        tiling=build_section(Tiling, parts, "tiling", trusted),
+        tiling=tiling,
         smoothing=build_section(Smoothing, parts, "smoothing", trusted),
         cleaning=build_section(Cleaning, parts, "cleaning", trusted),
         normalisation=normalisation,

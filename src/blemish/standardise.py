@@ -15,6 +15,11 @@ LEVEL, SPREAD = 0.5, 0.2
 _LEAST_SPREAD = 0.02  # of a tile in [0, 1]: noise on an even surface is not blown up further
 
 
+def standardised(x: Tensor) -> Tensor:
+    """Tiles (B, C, H, W) in [0, 1], each brought to `LEVEL` and `SPREAD`."""
+    return Light.of(x).remove(x)
+
+
 class Light(NamedTuple):
     """Mean and standard deviation of each tile over all its pixels and channels, both (B, 1, 1, 1)."""
 

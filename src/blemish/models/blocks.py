@@ -80,10 +80,14 @@ class Encoder(nn.Sequential):
             channels = features
         super().__init__(*layers)
 
-    def stages(self) -> list[nn.Sequential]:
-        """The layers of each level."""
-        layers = list(self)
-        return [nn.Sequential(*layers[first : first + 2]) for first in range(0, len(layers), 2)]
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """The features of every level, finest first."""
+        levels = []
+        for position, layer in enumerate(self):
+            x = layer(x)
+            if position % 2:  # two layers make a level
+                levels.append(x)
+        return levels
 
 
 class DilatedBlock(nn.Module):

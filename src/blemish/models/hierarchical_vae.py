@@ -70,11 +70,7 @@ class HierarchicalVariationalAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> Output:
         """(B, C, H, W) in [0, 1] -> observed = x, expected (B, C, H, W), and the latents, the coarse one first."""
         check_tile(x.shape[-2], x.shape[-1], self.depth)
-        levels = []
-        y = x
-        for stage in self.encoder.stages():
-            y = stage(y)
-            levels.append(y)
+        levels = self.encoder.levels(x)
         coarse = read_gaussian(self.coarse_posterior(levels[-1]))
         state = self.down(self.from_coarse(self._code(coarse)))
         prior = read_gaussian(self.fine_prior(state))

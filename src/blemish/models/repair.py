@@ -93,12 +93,8 @@ class RepairAutoencoder(nn.Module):
 
     def repair(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The features of the encoder's levels, the last one after the bottleneck; and what is expected."""
-        features = []
-        y = x
-        for stage in self.encoder.stages():
-            y = stage(y)
-            features.append(y)
-        features[-1] = self.bottleneck(y)
+        features = self.encoder.levels(x)
+        features[-1] = self.bottleneck(features[-1])
         # The last step is a pixel shuffle: a convolution at full resolution would cost more than all others together.
         return features, F.pixel_shuffle(self.paint(self.decoder(features)), 2)
 

@@ -46,23 +46,29 @@ class CombinedScore(ExplainedScore):
         self.register_buffer("scale", torch.ones(len(terms)))
 
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        once = _Remembering(model)
-        explained = [explain(term, once, x) for term in self.terms]
-        scores = torch.cat([score for score, _ in explained], dim=1)  # (B, K, H, W)
+        scores, expected = self._ask(model, x)
         location, scale = (buffer.to(scores)[:, None, None] for buffer in (self.location, self.scale))
         scores = ((scores - location) / scale).clamp(min=0)
         joined = scores.sum(dim=1, keepdim=True) if self.join == "sum" else scores.amax(dim=1, keepdim=True)
-        return joined, explained[0][1]
+        return joined, expected
+
+    def _ask(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of all terms, (B, K, H, W), and what the first one expected."""
+        once = _Remembering(model)
+        explained = [explain(term, once, x) for term in self.terms]
+        return torch.cat([score for score, _ in explained], dim=1), explained[0][1]
 
     def fit(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """As `FittableScore`."""
         batches = list(batches)  # each term goes through them anew
         if not batches:
             raise ConfigError(f"{type(self).__name__} learns from normal tiles, found none: set split.validation.")
-        for number, term in enumerate(self.terms):
+        for term in self.terms:
             if isinstance(term, FittableScore):
                 term.fit(model, batches)
-            values = torch.cat([term(model, x).flatten() for x in batches])
+        scores = [self._ask(model, x)[0] for x in batches]
+        for number in range(len(self.terms)):
+            values = torch.cat([score[:, number].flatten() for score in scores])
             median, high = (values.kthvalue(max(1, round(q * len(values)))).values for q in (0.5, self.quantile))
             self.location[number] = median
             self.scale[number] = (high - median).clamp(min=1e-6)  # a score may be constant on normal tiles

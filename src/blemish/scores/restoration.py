@@ -15,7 +15,8 @@ from blemish.scores.contracts import ExplainedScore, bounded, check_counts, expe
 class RecursiveScore(ExplainedScore):
     """Residual between the tile and what is expected in the end, when what is expected becomes the next input.
 
-    What a first pass leaves of a defect, the next ones may remove. Between passes values are kept in [0, 1].
+    What a first pass leaves of a defect, the next ones may remove. Between passes values stay in the range of
+    `bounded`.
 
     Args:
         residual: the per-pixel distance.

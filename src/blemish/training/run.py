@@ -30,7 +30,7 @@ from blemish.files import write_json, write_text
 from blemish.normalisation import NormalisationSettings
 from blemish.preprocess import Preprocess
 from blemish.scores.contracts import FittableScore, Score
-from blemish.standardise import Light
+from blemish.standardise import standardised
 from blemish.sweep import Report
 from blemish.tiling import Tiling
 from blemish.training.callbacks import Pruned, SyntheticWatch
@@ -130,6 +130,7 @@ class _Parts:
     corruption: Corruption
     training: TrainingSettings
     normalisation: NormalisationSettings
+    tiling: Tiling
     tiles: TrainingTiles
     validation: ValidationTiles
 
@@ -140,7 +141,7 @@ class _Parts:
         normalisation: NormalisationSettings = build_section(NormalisationSettings, settings, "normalisation")
         # Before the model is tried on a tile.
         preprocess: Preprocess = build_section(Preprocess, settings, "image")
-        build_section(Tiling, settings, "tiling")
+        tiling: Tiling = build_section(Tiling, settings, "tiling")
         if normalisation.kind != "none":
             _check_normalisation(splits, normalisation, preprocess, settings["calibration"]["mask_rule"])
         torch.manual_seed(settings["seed"])
@@ -157,9 +158,9 @@ class _Parts:
 
         images, held_out = cached("train", 0.9), cached("validation", 0.1)
         cached("calibration", 0)  # only to find unreadable ones now, and not after the training
-        tiles = TrainingTiles(images, detector.tiling.size, settings["seed"], augment)
-        validation = ValidationTiles(held_out, detector.tiling)
-        return cls(model, objective, score, corruption, training, normalisation, tiles, validation)
+        tiles = TrainingTiles(images, tiling.size, settings["seed"], augment)
+        validation = ValidationTiles(held_out, tiling)
+        return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, validation)
 
 
 def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
@@ -235,7 +236,7 @@ def _go_on(
                 parts.training,
                 settings["trainer"],
                 settings["seed"],
-                settings["tiling"]["standardise"],
+                parts.tiling.standardise,
                 watch=watch,
             )
             # Early stopping would let a resumed training go one epoch further.
@@ -254,8 +255,7 @@ def _go_on(
     device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
     if isinstance(parts.score, FittableScore):
         tiles = parts.validation.batches(parts.training.batch_size, device)
-        shown = (Light.of(x).remove(x) for x in tiles) if settings["tiling"]["standardise"] else tiles
-        parts.score.fit(model.eval().to(device), shown)
+        parts.score.fit(model.eval().to(device), map(standardised, tiles) if parts.tiling.standardise else tiles)
     detector = assemble(settings, model, about=about, device=device, score=parts.score)
     if parts.normalisation.kind != "none":
         source = [item.record.path for item in splits.of(parts.normalisation.source)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import to_input
-from blemish.standardise import Light
+from blemish.standardise import Light, standardised
 from blemish.training.objectives import Loss, ReconstructionObjective
 
 
@@ -65,7 +65,7 @@ class ReconstructionTask(pl.LightningModule):
 
     def shown(self, x: Tensor) -> Tensor:
         """Clean tiles as the model sees them."""
-        return Light.of(x).remove(x) if self.standardise else x
+        return standardised(x) if self.standardise else x
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
