@@ -127,6 +127,7 @@ def test_all_but_the_tile_scorer_runs_without_torch():
     assert loaded & {"torch", "hydra", "pytorch_lightning", "albumentations"} == set()
 
 
+@pytest.mark.slow
 def test_no_import_reaches_for_the_network():
     program = """
 import importlib, json, pkgutil, sys

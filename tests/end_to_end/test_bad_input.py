@@ -288,6 +288,7 @@ def test_unreadable_file_is_one_sentence(run_cli, world, tiny, monkeypatch):
     assert "Error executing job" not in result.err
 
 
+@pytest.mark.slow
 def test_diagnosis_reaches_a_process_without_traceback(spawn_cli, tmp_path):
     result = spawn_cli(["train", "data.root=missing"], cwd=tmp_path)
     assert result.returncode == 2

@@ -383,8 +383,13 @@ def test_predictions_have_no_kinds(driver, pages):
     assert page.errors() == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(1280, "light"), (400, "dark"), pytest.param(1280, "dark", marks=SLOW), pytest.param(400, "light", marks=SLOW)],
+)
 def test_it_fits_the_window(driver, pages, tmp_path, width, scheme):
     page = Page(driver, pages["evaluation"], width, scheme)
     page.script("void document.querySelectorAll('details').forEach((e) => { e.open = true; })")

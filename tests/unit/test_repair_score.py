@@ -68,7 +68,10 @@ def repair_score():
 # One pass
 
 
-@pytest.mark.parametrize("join", ["sum", "max"])
+JOINED = {"sum": torch.add, "max": torch.maximum, "product": torch.mul}
+
+
+@pytest.mark.parametrize("join", JOINED)
 def test_residual_and_mask_ask_the_model_once_for_each_batch(join):
     model = Counted(model_of(RepairAutoencoder)).eval()
     score = CombinedScore([ResidualScore(L1()), MaskScore()], join)
@@ -78,7 +81,7 @@ def test_residual_and_mask_ask_the_model_once_for_each_batch(join):
         assert model.asked == asked + 1
         output = model.model(x)
         terms = [L1()(x, output.expected), nn.functional.softplus(output.repaired)]
-        torch.testing.assert_close(found, sum(terms) if join == "sum" else torch.maximum(*terms))
+        torch.testing.assert_close(found, JOINED[join](*terms))
         torch.testing.assert_close(expected, output.expected)
 
 
@@ -134,10 +137,10 @@ def test_what_was_remembered_does_not_stop_gradients():
 # Without a mask head
 
 
-def test_mask_is_nothing_where_it_is_not_required_and_not_told():
+def test_mask_is_the_same_everywhere_where_it_is_not_required_and_not_told():
     x, model = tiles(), model_of(ConvAutoencoder, latent_dim=3)
     score, expected = MaskScore(required=False).explain(model, x)
-    assert score.shape == (3, 1, 32, 32) and (score == 0).all()
+    assert score.shape == (3, 1, 32, 32) and (score == 1).all()
     torch.testing.assert_close(expected, model(x).expected)
     for strict in (MaskScore(), MaskScore(required=True)):
         with pytest.raises(ConfigError, match="MaskScore expects a model that says where it repaired"):
@@ -150,25 +153,40 @@ def test_mask_is_told_where_it_can_be_though_not_required():
     assert (MaskScore(required=False)(model, x) > 0).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"mask_head": False}], ids=["autoencoder", "repair without mask"])
-def test_default_score_ranks_as_the_residual_where_there_is_no_mask(changes):
-    model = model_of(RepairAutoencoder, **changes) if changes else model_of(ConvAutoencoder, latent_dim=3)
-    score, residual, x = repair_score(), ResidualScore(GradientMagnitude(scales=3)), tiles(1)
-    torch.testing.assert_close(score(model, x), residual(model, x))  # before it has learned
+WITHOUT_MASK = {
+    "autoencoder": (ConvAutoencoder, {"latent_dim": 3}),
+    "no head": (RepairAutoencoder, {"mask_head": False}),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_MASK)
+@pytest.mark.parametrize("join", JOINED)
+def test_score_is_the_residual_in_its_unit_where_there_is_no_mask(kind, join):
+    build_model, arguments = WITHOUT_MASK[kind]
+    model, x = model_of(build_model, **arguments), tiles(1)
+    residual = ResidualScore(GradientMagnitude(scales=3))
+    score = CombinedScore([residual, MaskScore(required=False)], join)
     score.fit(model, [tiles(2), tiles(3)])
-    alone = residual(model, x)
-    above = ((alone - score.location[0]) / score.scale[0]).clamp(min=0)
+    above = ((residual(model, x) - score.location[0]) / score.scale[0]).clamp(min=0)
     assert above.max() > 0.3
     torch.testing.assert_close(score(model, x), above)
 
 
-def test_default_score_adds_the_mask_in_units_of_normal_tiles():
+def test_product_is_zero_only_where_a_term_is():
+    model, x = model_of(RepairAutoencoder), tiles(1)
+    score = CombinedScore([ResidualScore(GradientMagnitude(scales=3)), MaskScore()], "product")
+    score.fit(model, [tiles(2)])
+    assert (score.location == 0).all()  # a median would silence half of the pixels
+    assert ((score(model, x) == 0) == (score.terms[0](model, x) == 0)).all()
+
+
+def test_default_score_is_residual_times_mask_in_units_of_normal_tiles():
     model, score = model_of(RepairAutoencoder), repair_score()
     score.fit(model, [tiles(2), tiles(3)])
-    x, by_hand = tiles(1), 0
+    x, by_hand = tiles(1), 1
     for number, term in enumerate([ResidualScore(GradientMagnitude(scales=3)), MaskScore()]):
         normal = torch.cat([term(model, tiles(2)), term(model, tiles(3))]).flatten().sort().values
-        median, high = normal[round(0.5 * len(normal)) - 1], normal[round(0.999 * len(normal)) - 1]
-        torch.testing.assert_close((score.location[number], score.scale[number]), (median, high - median))
-        by_hand = by_hand + ((term(model, x) - median) / (high - median)).clamp(min=0)
+        high = normal[round(0.999 * len(normal)) - 1]
+        torch.testing.assert_close(score.scale[number], high)
+        by_hand = by_hand * term(model, x) / high
     torch.testing.assert_close(score(model, x), by_hand)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,25 @@ from blemish.errors import ConfigError, nearest_names
 from blemish.models.contracts import Output
 from blemish.scores.contracts import ExplainedScore, FittableScore, explain
 
-JOINS = ("sum", "max")
+_JOINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda scores: scores.sum(dim=1, keepdim=True),
+    "max": lambda scores: scores.amax(dim=1, keepdim=True),
+    "product": lambda scores: scores.prod(dim=1, keepdim=True),
+}
+JOINS = tuple(_JOINED)
 
 
 class CombinedScore(ExplainedScore):
-    """Sum or maximum over several scores of max(0, score - location) / scale: no unit outweighs another.
+    """Sum, maximum or product over several scores of max(0, score - location) / scale: no unit outweighs another.
 
     `fit` learns both of each score, over the pixels of normal tiles: the location is the median, the scale reaches
-    from there to a high quantile. Until then they are 0 and 1. What was expected is told by the first score.
+    from there to a high quantile. Until then they are 0 and 1. A sum rises where one score does, a product only where
+    all do; it is not moved by where a score begins, so its location stays 0. What was expected is told by the first
+    score.
 
     Args:
         terms: the scores, torch modules; one that is fitted itself is fitted first.
-        join: sum or max.
+        join: sum, max or product.
         quantile: between 0.5 and 1.
 
     Raises:
@@ -49,8 +56,7 @@ class CombinedScore(ExplainedScore):
         scores, expected = self._ask(model, x)
         location, scale = (buffer.to(scores)[:, None, None] for buffer in (self.location, self.scale))
         scores = ((scores - location) / scale).clamp(min=0)
-        joined = scores.sum(dim=1, keepdim=True) if self.join == "sum" else scores.amax(dim=1, keepdim=True)
-        return joined, expected
+        return _JOINED[self.join](scores), expected
 
     def _ask(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of all terms, (B, K, H, W), and what the first one expected."""
@@ -70,8 +76,9 @@ class CombinedScore(ExplainedScore):
         for number in range(len(self.terms)):
             values = torch.cat([score[:, number].flatten() for score in scores])
             median, high = (values.kthvalue(max(1, round(q * len(values)))).values for q in (0.5, self.quantile))
-            self.location[number] = median
-            self.scale[number] = (high - median).clamp(min=1e-6)  # a score may be constant on normal tiles
+            location = torch.zeros_like(median) if self.join == "product" else median
+            self.location[number] = location
+            self.scale[number] = (high - location).clamp(min=1e-6)  # a score may be constant on normal tiles
 
 
 class _Remembering(nn.Module):

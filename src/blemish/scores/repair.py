@@ -18,7 +18,8 @@ class MaskScore(ExplainedScore):
     `CombinedScore` joins it to a residual: see configs/score/repair.yaml.
 
     Args:
-        required: refuse a model that does not say where it repaired; else its score is 0 everywhere.
+        required: refuse a model that does not say where it repaired; else its score is 1 everywhere, which
+            changes no product, and no fitted sum.
 
     Raises:
         ConfigError: (in use) the model does not say where it repaired, and is required to.
@@ -32,7 +33,7 @@ class MaskScore(ExplainedScore):
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         output = model(x)
         if output.repaired is None and not self.required:
-            return torch.zeros_like(x[:, :1]), output.expected
+            return torch.ones_like(x[:, :1]), output.expected
         if output.repaired is None:
             raise ConfigError(
                 "MaskScore expects a model that says where it repaired, such as model=repair_ae with "
