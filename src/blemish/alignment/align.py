@@ -26,7 +26,7 @@ _LEAST_SIDE = 16
 _START_PIXELS = 200**2  # of the level on which the first shift is sought
 _FINE_PIXELS = 450**2  # of the finest level: below it, coarser pixels cost hundredths of a pixel of accuracy
 _FEATURE_PIXELS = 700**2
-_REMAINS = 0.06  # mean displacement, in pixels of a level: what resampling alone leaves
+_REMAINS = 0.03  # pixels of the finest level, twice as many with each coarser one: what resampling alone leaves
 _STANDS_OUT = 10.0  # F ratio of 8 and many degrees of freedom: by chance once in 10^14
 _NUDGES = (0.5, 0.25, 0.12)  # pixels
 
@@ -117,27 +117,37 @@ class Alignment:
             )
         levels = levels_of(reference.shape, query.shape)
         references, queries = pyramid(reference, levels), pyramid(query, levels)
+        finest = _level(queries, _FINE_PIXELS)
+        bright = references[finest], queries[finest]
+        if self.illumination in ("blocks", "clahe"):
+            references, queries = (
+                [*each[:finest], *pyramid(flatten(each[finest]), levels - finest)] for each in (references, queries)
+            )
         start = self._start(references, queries)
         if start is None:
             return Motion.identity()
-        finest = _level(queries, _FINE_PIXELS)
         if self.motion == "auto":
             motion = _auto(references, queries, start, finest)
         else:
             kind = KINDS[KINDS.index(self.motion)]  # type: ignore[arg-type]
             motion = coarse_to_fine(references, queries, start, kind, finest)
+        motion = motion.halved(finest)
+        if self.illumination in ("blocks", "clahe"):
+            motion = _polish(*bright, motion)
         if self.refine_by_verdict:
-            motion = nudge(references[finest], queries[finest], motion.halved(finest)).halved(-finest)
+            motion = nudge(references[finest], queries[finest], motion)
+        motion = motion.halved(-finest)
         return motion if plausible(motion, query.shape, reference.shape) else Motion.identity()
 
     def _start(self, references: Sequence[FloatArray], queries: Sequence[FloatArray]) -> Motion | None:
         """A rough motion between full-sized images, or None where nothing stands out."""
         if self.start != "features":
-            correlate = phase_correlation if self.start == "phase" else cross_correlation
+            both = (cross_correlation, phase_correlation)
             level = _level(queries, _START_PIXELS)
-            shift = correlate(references[level], queries[level], self.max_shift)
-            if shift.confidence >= CONFIDENT:
-                return shift.motion.halved(-level)
+            for correlate in both if self.start == "correlation" else both[::-1]:
+                shift = correlate(references[level], queries[level], self.max_shift)
+                if shift.confidence >= CONFIDENT:
+                    return shift.motion.halved(-level)
         # A turn needs no scale: the rest is left to the refinement.
         kind: Kind = "homography" if self.motion == "auto" else KINDS[KINDS.index(self.motion)]  # type: ignore[arg-type]
         level = _level(queries, _FEATURE_PIXELS)
@@ -163,12 +173,53 @@ def _auto(references: Sequence[FloatArray], queries: Sequence[FloatArray], start
         motion = ecc(one, two, motion, kind)
         while kind != KINDS[-1]:
             rest = remainder(one, two, motion)
-            if rest.pixels <= _REMAINS or rest.ratio <= _STANDS_OUT:
+            if rest.pixels <= _REMAINS * 2 ** (level - finest) or rest.ratio <= _STANDS_OUT:
                 break
             kind = KINDS[KINDS.index(kind) + 1]
             motion = ecc(one, two, motion, kind)
         motion = motion.halved(-1 if level > finest else 0)
+    # Little to see, or defects, can make a freer motion fit that little and miss the rest: it has to prove itself.
+    one, two = references[finest : finest + 2], queries[finest : finest + 2]
+    while kind != KINDS[1]:
+        kind = KINDS[KINDS.index(kind) - 1]
+        simpler = coarse_to_fine(one, two, motion.simplified(kind, two[0].shape), kind)
+        if _improves(one[0], two[0], motion, simpler):
+            break
+        motion = simpler
     return motion.halved(-finest)
+
+
+def _improves(reference: FloatArray, query: FloatArray, motion: Motion, simpler: Motion) -> bool:
+    shape = (query.shape[0], query.shape[1])
+    (warped, valid), (other, other_valid) = (warp(reference, each, shape) for each in (motion, simpler))
+    return judge(query, warped, other, valid & other_valid).overall == "improved"
+
+
+def _polish(reference: FloatArray, query: FloatArray, motion: Motion) -> Motion:
+    """The motion once more, now that an uneven illumination can be taken out of grey (H, W) images it aligns."""
+    shape = (query.shape[0], query.shape[1])
+    if motion.kind == "identity":
+        return motion
+    warped, valid = warp(reference, motion, shape)
+    adjusted, _ = compensate(warped[..., None], query[..., None], valid, "blocks")
+    adjusted[~valid] = query[~valid][:, None]  # what repeats the border is nothing to align with
+    step = ecc(adjusted[..., 0], query, Motion.translation(0, 0), motion.kind)
+    return motion @ step
+
+
+def flatten(image: FloatArray) -> FloatArray:
+    """(H, W) -> (H, W), less its slow changes of brightness and of contrast: those over a twelfth of its side."""
+    size = (max(1, image.shape[1] // 8), max(1, image.shape[0] // 8))
+    mean, square = (
+        cv2.GaussianBlur(
+            cv2.resize(each, size, interpolation=cv2.INTER_AREA), (0, 0), max(size) / 12, borderType=cv2.BORDER_REFLECT
+        )
+        for each in (image, image * image)
+    )
+    variance = np.maximum(square - mean * mean, 0)
+    gain = 1 / np.sqrt(variance + variance.mean() + 1e-6)  # where nothing is to be seen, noise stays small
+    mean, gain = (cv2.resize(each, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) for each in (mean, gain))
+    return np.asarray((image - mean) * gain, np.float32)
 
 
 def nudge(reference: FloatArray, query: FloatArray, motion: Motion) -> Motion:

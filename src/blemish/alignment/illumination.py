@@ -21,6 +21,7 @@ ILLUMINATIONS: tuple[Illumination, ...] = get_args(Illumination)
 _GAINS = (0.2, 5.0)
 _CLIP_LIMIT, _TILES = 2.0, 8  # of CLAHE, as in Zuiderveld, Contrast limited adaptive histogram equalization, 1994
 _FLAT = 0.02**2  # variance below which a block says little of contrast
+_ENOUGH = 400**2  # pixels to fit from: of larger images, every second row and column
 _ROUNDS = 3  # of fitting, each without the pixels that the last one could not explain
 
 Grid = npt.NDArray[np.float64]
@@ -46,12 +47,15 @@ def compensate(
     if how == "clahe":
         reference, query = equalise(reference), equalise(query)
     rows, columns = valid.shape
+    step = 2 if valid.size > _ENOUGH else 1
+    seen = np.ascontiguousarray(valid[::step, ::step])
     grid = (max(1, round(rows / block)), max(1, round(columns / block))) if how == "blocks" else (1, 1)
     adjusted = np.empty_like(reference)
     for channel in range(reference.shape[2]):
-        expected, observed = (np.ascontiguousarray(image[..., channel]) for image in (reference, query))
-        gain, offset = _fit(expected, observed, valid, grid)
-        adjusted[..., channel] = expected * gain + offset
+        expected, observed = (np.ascontiguousarray(image[::step, ::step, channel]) for image in (reference, query))
+        gain, offset = _fit(expected, observed, seen, grid)
+        np.multiply(reference[..., channel], _spread(gain, valid.shape), out=adjusted[..., channel])
+        adjusted[..., channel] += _spread(offset, valid.shape)
     return np.clip(adjusted, 0, 1, out=adjusted), query
 
 
@@ -74,25 +78,28 @@ def equalise(image: FloatArray) -> FloatArray:
 def _fit(
     expected: FloatArray, observed: FloatArray, valid: BoolArray, grid: tuple[int, int]
 ) -> tuple[FloatArray, FloatArray]:
-    """Gain and offset, (H, W) or (1, 1), with gain * expected + offset near observed wherever no defect is."""
+    """Gain and offset, each of the grid's shape, with gain * expected + offset near observed wherever no defect is."""
     weight = valid.astype(np.float32)
-    shape = (valid.shape[1], valid.shape[0])
     gain, offset = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
     for turn in range(_ROUNDS):
         if turn:
-            error = np.abs(observed - expected * gain - offset)
-            sample = error[::4, ::4][weight[::4, ::4] > 0] if error.size > 4096 else error[weight > 0]
+            error = np.abs(observed - expected * _spread(gain, valid.shape) - _spread(offset, valid.shape))
+            sample = error[::2, ::2][valid[::2, ::2]]
             # Beyond three robust standard deviations; on clean images that is next to 0, and rounding is no defect.
             limit = 3 * 1.4826 * float(np.median(sample)) + 1 / 255 if sample.size else np.inf
-            weight = (valid & (error <= limit)).astype(np.float32)
-            if float(weight.mean()) < 0.5 * float(valid.mean()):
-                break  # this much is no outlier
-        gains, offsets = _moments(expected, observed, weight, grid)
-        if gains.size == 1:
-            gain, offset = gains, offsets
-        else:
-            gain, offset = (cv2.resize(each, shape, interpolation=cv2.INTER_LINEAR) for each in (gains, offsets))
+            kept = (valid & (error <= limit)).astype(np.float32)
+            if float(kept.mean()) < 0.5 * float(valid.mean()):
+                break  # so many are no outliers
+            weight = kept
+        gain, offset = _moments(expected, observed, weight, grid)
     return gain, offset
+
+
+def _spread(values: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """From a grid to all pixels, linear between the middles of the blocks; a single value stays one."""
+    if values.size == 1:
+        return values
+    return np.asarray(cv2.resize(values, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR), np.float32)
 
 
 def _moments(
@@ -100,8 +107,12 @@ def _moments(
 ) -> tuple[FloatArray, FloatArray]:
     """Least squares for every block of a grid, leaning on the neighbours and on the whole where a block is flat."""
     size = (grid[1], grid[0])
-    parts = (weight, weight * expected, weight * observed, weight * expected**2, weight * expected * observed)
-    means = [cv2.resize(part, size, interpolation=cv2.INTER_AREA).astype(np.float64) for part in parts]
+    seen = weight * expected
+    parts = (weight, seen, weight * observed, seen * expected, seen * observed)
+    if grid == (1, 1):
+        means = [np.full((1, 1), cv2.mean(part)[0]) for part in parts]
+    else:
+        means = [cv2.resize(part, size, interpolation=cv2.INTER_AREA).astype(np.float64) for part in parts]
     whole = _line(*(np.full((1, 1), each.mean()) for each in means), prior=1.0, strength=1e-8)
     if grid == (1, 1):
         return _bounded(*whole)

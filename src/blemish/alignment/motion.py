@@ -81,6 +81,24 @@ class Motion:
         distances = np.linalg.norm(self.apply(points) - other.apply(points), axis=1)
         return float(distances.mean()), float(distances.max())
 
+    def simplified(self, kind: Kind, shape: tuple[int, ...]) -> Motion:
+        """The motion of a simpler kind that comes close to this one over a (height, width) query."""
+        if KINDS.index(kind) >= KINDS.index(self.kind):
+            return Motion(kind, self.matrix)
+        if kind == "identity":
+            return Motion.identity()
+        rows, columns = (np.linspace(0, side - 1, 9) for side in shape[:2])
+        points = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
+        moved = self.apply(points)
+        if kind == "translation":
+            return Motion.translation(*(moved - points).mean(axis=0))
+        linear = np.linalg.lstsq(np.column_stack([points, np.ones(len(points))]), moved, rcond=None)[0].T
+        if kind == "euclidean":
+            left, _, right = np.linalg.svd(linear[:, :2])
+            turn = left @ np.diag([1, np.linalg.det(left @ right)]) @ right
+            linear = np.column_stack([turn, moved.mean(axis=0) - turn @ points.mean(axis=0)])
+        return Motion(kind, np.vstack([linear, [0, 0, 1]]))
+
     def halved(self, levels: int = 1) -> Motion:
         """The same motion between images shrunk `levels` times by 2; enlarged if `levels` is negative."""
         scale = 2.0**-levels

@@ -25,6 +25,7 @@ _ECC = {
 }
 _SMALLEST = 32  # pixels: the shorter side of the coarsest level
 _LEAST_OVERLAP = 0.25  # of the query
+_FARTHEST = 0.1  # of the longer side: what lies farther off, ECC finds by accident only
 _MOST_FEATURES = 1500
 _LEAST_INLIERS = 12  # random matches agree on a homography in 4, with luck in 6 or 7
 
@@ -60,7 +61,9 @@ def ecc(
     except cv2.error:  # it does not converge, or the images hold too little
         return start
     found = _as_motion(kind, matrix)
-    return start if found is None or not plausible(found, query.shape, reference.shape) else found
+    if found is None or not plausible(found, query.shape, reference.shape):
+        return start
+    return found if found.displacement(start, query.shape)[0] <= _FARTHEST * max(query.shape) else start
 
 
 def coarse_to_fine(
@@ -81,7 +84,12 @@ def coarse_to_fine(
 
 @dataclass(frozen=True)
 class Remainder:
-    """What one more step of least squares would change: a mean displacement in pixels, and its F ratio."""
+    """What one more step of least squares would change.
+
+    pixels: the root mean square of the displacement along the gradient, weighted by its square: what lies where
+        nothing can be seen does not count.
+    ratio: F, of the variance that the step explains to the noise; about 1 if nothing remains.
+    """
 
     pixels: float
     ratio: float
@@ -91,40 +99,43 @@ def remainder(reference: FloatArray, query: FloatArray, motion: Motion) -> Remai
     """How far a homography would still move grey images of (H, W) that `motion` aligns, judged by their residual.
 
     The residual is explained by the gradient of the warped reference, linearly: by what a small homography would
-    change there. The ratio compares the variance explained with the noise; it is about 1 if nothing remains.
+    change there, once a gain and an offset are taken out.
     """
     shape = (query.shape[0], query.shape[1])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     warped = cv2.warpPerspective(reference, motion.matrix, shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
     blurred, target = (cv2.GaussianBlur(image, (5, 5), 0, borderType=cv2.BORDER_REFLECT) for image in (warped, query))
     inside = cv2.erode(overlap(motion, shape, reference.shape).view(np.uint8), np.ones((5, 5), np.uint8), borderValue=0)
-    inside = inside.astype(np.bool_)
-    if np.count_nonzero(inside) < 64:
+    count = int(np.count_nonzero(inside))
+    if count < 64:
         return Remainder(0.0, 0.0)
-    dx = cv2.Sobel(blurred, cv2.CV_32F, 1, 0, scale=1 / 8)[inside]
-    dy = cv2.Sobel(blurred, cv2.CV_32F, 0, 1, scale=1 / 8)[inside]
-    rows, columns = np.nonzero(inside)
     span = max(shape) / 2
-    x = ((columns - (shape[1] - 1) / 2) / span).astype(np.float32)
-    y = ((rows - (shape[0] - 1) / 2) / span).astype(np.float32)
-    radial = x * dx + y * dy
-    values = blurred[inside]
-    steps = np.stack([dx, dy, x * dx, y * dx, x * dy, y * dy, x * radial, y * radial, values, np.ones_like(values)])
-    normal = (steps @ steps.T).astype(np.float64)
-    wanted = (steps @ target[inside]).astype(np.float64)
-    energy = float(np.square(target[inside], dtype=np.float64).sum())
+    x = ((np.arange(shape[1]) - (shape[1] - 1) / 2) / span).astype(np.float32)
+    y = (((np.arange(shape[0]) - (shape[0] - 1) / 2) / span).astype(np.float32))[:, None]
+    steps = np.empty((10, *shape), np.float32)
+    steps[9] = inside
+    np.multiply(blurred, steps[9], out=steps[8])
+    for place, (right, down) in enumerate(((1, 0), (0, 1))):
+        np.multiply(cv2.Sobel(blurred, cv2.CV_32F, right, down, scale=1 / 8), steps[9], out=steps[place])
+    for place, (factor, gradient) in enumerate(((x, 0), (y, 0), (x, 1), (y, 1)), start=2):
+        np.multiply(factor, steps[gradient], out=steps[place])
+    radial = steps[2] + steps[5]
+    np.multiply(x, radial, out=steps[6])
+    np.multiply(y, radial, out=steps[7])
+    flat = steps.reshape(10, -1)
+    normal = (flat @ flat.T).astype(np.float64)
+    wanted = (flat @ target.ravel()).astype(np.float64)
+    energy = float(np.square(target[inside > 0], dtype=np.float64).sum())
     step = np.linalg.lstsq(normal, wanted, rcond=1e-10)[0]
     plain = np.linalg.lstsq(normal[8:, 8:], wanted[8:], rcond=1e-10)[0]
-    gain = float(step[8])
-    left = max(energy - float(wanted @ step), 1e-12 * max(energy, 1e-12))
-    explained = max(energy - float(wanted[8:] @ plain) - left, 0.0)
-    if gain < 1e-3:  # brightness does not even go the same way
+    visible = normal[0, 0] + normal[1, 1]
+    if step[8] < 1e-3 or visible <= 0:  # brightness does not even go the same way, or there is no edge
         return Remainder(0.0, 0.0)
-    a = step[:8] / gain
-    moved_x = a[0] + a[2] * x + a[3] * y + x * (a[6] * x + a[7] * y)
-    moved_y = a[1] + a[4] * x + a[5] * y + y * (a[6] * x + a[7] * y)
-    pixels = float(np.sqrt(moved_x**2 + moved_y**2).mean())
-    return Remainder(pixels, (explained / 8) / (left / max(len(values) - 10, 1)))
+    left = max(energy - float(wanted @ step), 1e-9 * energy)
+    explained = max(energy - float(wanted[8:] @ plain) - left, 0.0)
+    moved = step[:8] / step[8]
+    along = float(moved @ normal[:8, :8] @ moved) / visible
+    return Remainder(float(np.sqrt(max(along, 0.0))), (explained / 8) / (left / max(count - 10, 1)))
 
 
 def features(reference: FloatArray, query: FloatArray, kind: Kind) -> Motion | None:
@@ -187,7 +198,10 @@ def plausible(motion: Motion, shape: tuple[int, ...], reference: tuple[int, ...]
     area = float(turns.sum()) / 4  # of a convex figure: each of its corner triangles counts half
     if (turns <= 0).any() or not 1 / 9 < area / max(right * bottom, 1) < 9:
         return False
-    return float(overlap(motion, shape, reference).mean()) >= _LEAST_OVERLAP
+    rows, columns = (np.linspace(0, side, 17) for side in (bottom, right))
+    places = motion.apply(np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2))
+    inside = (places >= 0).all(axis=1) & (places <= (reference[1] - 1, reference[0] - 1)).all(axis=1)
+    return float(inside.mean()) >= _LEAST_OVERLAP
 
 
 def _as_motion(kind: Kind, matrix: npt.NDArray[np.floating]) -> Motion | None:

@@ -40,7 +40,7 @@ class Shift:
 _NOWHERE = Shift(0.0, 0.0, 0.0, 0.0)
 
 
-def cross_correlation(reference: FloatArray, query: FloatArray, max_shift: float = 0.25, sigma: float = 2.0) -> Shift:
+def cross_correlation(reference: FloatArray, query: FloatArray, max_shift: float = 0.25, sigma: float = 1.5) -> Shift:
     """The shift at which the Laplacian-of-Gaussian images correlate best, normalised over their overlap.
 
     All whole shifts are compared (by Fourier transforms, zero-padded so that nothing wraps around); the best is then
@@ -74,7 +74,7 @@ def cross_correlation(reference: FloatArray, query: FloatArray, max_shift: float
     return Shift(x, y, peak, confidence)
 
 
-def phase_correlation(reference: FloatArray, query: FloatArray, max_shift: float = 0.25, sigma: float = 2.0) -> Shift:
+def phase_correlation(reference: FloatArray, query: FloatArray, max_shift: float = 0.25, sigma: float = 1.5) -> Shift:
     """The shift from the phases of the Fourier transforms alone: a sharper peak, more sensitive to noise.
 
     Source: Kuglin and Hines, The phase correlation image alignment method, 1975. Taken on the Laplacian of Gaussian
