@@ -95,7 +95,7 @@ class Alignment:
             )
         shape = (query.shape[0], query.shape[1])
         still, still_valid = warp(reference, Motion.identity(), shape)
-        motion = self.find(_grey(reference), _grey(query)) if self.motion != "none" else Motion.identity()
+        motion = self.find(_grey(reference), _grey(query))
         warped, valid = (still, still_valid) if motion.kind == "identity" else warp(reference, motion, shape)
         verdict = self._judge(query, warped, still, valid & still_valid)
         if verdict.overall == "worse":
@@ -109,6 +109,8 @@ class Alignment:
         Raises:
             ImageError: a side is below 16 pixels.
         """
+        if self.motion == "none":
+            return Motion.identity()
         short = min(*reference.shape, *query.shape)
         if short < _LEAST_SIDE:
             raise ImageError(
@@ -129,7 +131,7 @@ class Alignment:
         if self.motion == "auto":
             motion = _auto(references, queries, start, finest)
         else:
-            kind = KINDS[KINDS.index(self.motion)]  # type: ignore[arg-type]
+            kind = KINDS[KINDS.index(self.motion)]
             motion = coarse_to_fine(references, queries, start, kind, finest)
         motion = motion.halved(finest)
         if self.illumination in ("blocks", "clahe"):
@@ -149,14 +151,16 @@ class Alignment:
                 if shift.confidence >= CONFIDENT:
                     return shift.motion.halved(-level)
         # A turn needs no scale: the rest is left to the refinement.
-        kind: Kind = "homography" if self.motion == "auto" else KINDS[KINDS.index(self.motion)]  # type: ignore[arg-type]
+        kind: Kind = "homography" if self.motion == "auto" else KINDS[KINDS.index(self.motion)]
         level = _level(queries, _FEATURE_PIXELS)
         motion = features(references[level], queries[level], kind)
         return None if motion is None else motion.halved(-level)
 
     def _judge(self, query: FloatArray, warped: FloatArray, still: FloatArray, valid: BoolArray) -> Verdict:
         grey, moved, unmoved = _grey(query), _grey(warped), _grey(still)
-        if self.illumination != "none" and valid.any():
+        if self.illumination in ("blocks", "clahe"):
+            grey, moved, unmoved = flatten(grey), flatten(moved), flatten(unmoved)
+        elif self.illumination == "global" and valid.any():
             # One gain and offset for both, from moments alone: no motion gains by it.
             (mean, spread), (target, wide) = _moments(moved, valid), _moments(grey, valid)
             gain = min(5.0, wide / spread) if spread > 1e-6 else 1.0
@@ -179,11 +183,11 @@ def _auto(references: Sequence[FloatArray], queries: Sequence[FloatArray], start
             motion = ecc(one, two, motion, kind)
         motion = motion.halved(-1 if level > finest else 0)
     # Little to see, or defects, can make a freer motion fit that little and miss the rest: it has to prove itself.
-    one, two = references[finest : finest + 2], queries[finest : finest + 2]
+    fine, targets = references[finest : finest + 2], queries[finest : finest + 2]
     while kind != KINDS[1]:
         kind = KINDS[KINDS.index(kind) - 1]
-        simpler = coarse_to_fine(one, two, motion.simplified(kind, two[0].shape), kind)
-        if _improves(one[0], two[0], motion, simpler):
+        simpler = coarse_to_fine(fine, targets, motion.simplified(kind, targets[0].shape), kind)
+        if _improves(fine[0], targets[0], motion, simpler):
             break
         motion = simpler
     return motion.halved(-finest)

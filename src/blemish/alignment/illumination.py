@@ -72,7 +72,7 @@ def equalise(image: FloatArray) -> FloatArray:
     equaliser = cv2.createCLAHE(_CLIP_LIMIT, (_TILES, _TILES))
     deep = np.rint(image * 65535).astype(np.uint16)
     channels = [equaliser.apply(np.ascontiguousarray(deep[..., channel])) for channel in range(image.shape[2])]
-    return np.stack(channels, axis=-1).astype(np.float32) / np.float32(65535)
+    return np.asarray(np.stack(channels, axis=-1) / np.float32(65535), np.float32)
 
 
 def _fit(
@@ -116,7 +116,9 @@ def _moments(
     whole = _line(*(np.full((1, 1), each.mean()) for each in means), prior=1.0, strength=1e-8)
     if grid == (1, 1):
         return _bounded(*whole)
-    near = [cv2.GaussianBlur(each, (3, 3), 0, borderType=cv2.BORDER_REPLICATE) for each in means]
+    near = [
+        np.asarray(cv2.GaussianBlur(each, (3, 3), 0, borderType=cv2.BORDER_REPLICATE), np.float64) for each in means
+    ]
     return _bounded(*_line(*near, prior=float(whole[0][0, 0]), strength=_FLAT, fallback=float(whole[1][0, 0])))
 
 

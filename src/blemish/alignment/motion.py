@@ -64,7 +64,7 @@ class Motion:
 
     def inverse(self) -> Motion:
         """From the reference's coordinates back to the query's."""
-        return Motion(self.kind, np.linalg.inv(self.matrix))
+        return Motion(self.kind, np.asarray(np.linalg.inv(self.matrix), np.float64))
 
     def apply(self, points: npt.ArrayLike) -> Matrix:
         """(N, 2) points (x, y) of the query -> (N, 2) of the reference."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,7 +37,8 @@ def pyramid(image: FloatArray, levels: int) -> list[FloatArray]:
     for _ in range(levels):
         above = found[-1]
         even = above[: above.shape[0] // 2 * 2, : above.shape[1] // 2 * 2]
-        found.append(cv2.resize(even, (even.shape[1] // 2, even.shape[0] // 2), interpolation=cv2.INTER_AREA))
+        half = cv2.resize(even, (even.shape[1] // 2, even.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        found.append(np.asarray(half, np.float32))
     return found
 
 
@@ -57,10 +59,10 @@ def ecc(
     matrix = start.matrix.astype(np.float32)
     matrix = matrix if kind == "homography" else matrix[:2].copy()
     try:
-        _, matrix = cv2.findTransformECC(query, reference, matrix, _ECC[kind], criteria, None, 5)
+        _, refined = cv2.findTransformECC(query, reference, matrix, _ECC[kind], criteria, None, 5)  # type: ignore[call-overload]
     except cv2.error:  # it does not converge, or the images hold too little
         return start
-    found = _as_motion(kind, matrix)
+    found = _as_motion(kind, refined)
     if found is None or not plausible(found, query.shape, reference.shape):
         return start
     return found if found.displacement(start, query.shape)[0] <= _FARTHEST * max(query.shape) else start
@@ -166,15 +168,10 @@ def _estimate(
     source: npt.NDArray[np.float64], target: npt.NDArray[np.float64], kind: Kind
 ) -> tuple[npt.NDArray[np.float64] | None, npt.NDArray[np.bool_]]:
     """The matrix of `kind` that most pairs of points agree on within 3 pixels, and which do."""
-    if kind == "homography":
-        matrix, agree = cv2.findHomography(source, target, cv2.USAC_MAGSAC, 3.0, maxIters=2000)
-    elif kind == "affine":
-        matrix, agree = cv2.estimateAffine2D(source, target, method=cv2.USAC_MAGSAC, ransacReprojThreshold=3.0)
-    else:
-        matrix, agree = cv2.estimateAffinePartial2D(source, target, method=cv2.RANSAC, ransacReprojThreshold=3.0)
-    if matrix is None or not np.isfinite(matrix).all():
+    found, agree = _robust(source, target, kind)
+    if found is None or not np.isfinite(found).all():
         return None, np.zeros(len(source), np.bool_)
-    inliers = agree.ravel().astype(np.bool_)
+    matrix, inliers = np.asarray(found, np.float64), np.asarray(agree.ravel() > 0)
     if kind in ("translation", "euclidean"):
         scale = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
         if not 0.9 < scale < 1.1:
@@ -183,6 +180,14 @@ def _estimate(
         middle_source, middle_target = source[inliers].mean(axis=0), target[inliers].mean(axis=0)
         matrix = np.column_stack([turn, middle_target - turn @ middle_source])
     return matrix, inliers
+
+
+def _robust(source: npt.NDArray[np.float64], target: npt.NDArray[np.float64], kind: Kind) -> tuple[Any, Any]:
+    if kind == "homography":
+        return cv2.findHomography(source, target, cv2.USAC_MAGSAC, 3.0, maxIters=2000)
+    if kind == "affine":
+        return cv2.estimateAffine2D(source, target, method=cv2.USAC_MAGSAC, ransacReprojThreshold=3.0)
+    return cv2.estimateAffinePartial2D(source, target, method=cv2.RANSAC, ransacReprojThreshold=3.0)
 
 
 def plausible(motion: Motion, shape: tuple[int, ...], reference: tuple[int, ...]) -> bool:

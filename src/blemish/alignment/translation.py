@@ -105,11 +105,11 @@ def phase_correlation(reference: FloatArray, query: FloatArray, max_shift: float
 def laplacian_of_gaussian(image: FloatArray, sigma: float) -> FloatArray | None:
     """(H, W) -> (H, W), blind to brightness; None where it is next to zero everywhere: nothing to align.
 
-    0 within 3 sigma of the border, where the mirrored image would make edges that stand still.
+    0 within 4 sigma of the border, where the mirrored image would make edges that stand still.
     """
     smooth = cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
-    edges: FloatArray = cv2.Laplacian(smooth, cv2.CV_32F, borderType=cv2.BORDER_REFLECT)
-    margin = min(int(np.ceil(3 * sigma)), min(image.shape) // 4)
+    edges = np.asarray(cv2.Laplacian(smooth, cv2.CV_32F, borderType=cv2.BORDER_REFLECT), np.float32)
+    margin = min(int(np.ceil(4 * sigma)) + 1, min(image.shape) // 4)
     if margin:
         edges[:margin] = edges[-margin:] = 0
         edges[:, :margin] = edges[:, -margin:] = 0

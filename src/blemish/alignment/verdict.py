@@ -62,7 +62,7 @@ def judge(
     """
     rows, columns = (max(1, round(side / block)) for side in valid.shape)
     grid = (columns, rows)
-    query, warped, unwarped = (cv2.medianBlur(image, 3) for image in (query, warped, unwarped))
+    query, warped, unwarped = (np.asarray(cv2.medianBlur(image, 3), np.float32) for image in (query, warped, unwarped))
     tolerance = _CONTRAST * _contrast((query, warped), grid) + np.float32(_LEAST)
     change = np.abs(unwarped - query) - np.abs(warped - query)
     limit = cv2.resize(tolerance, (valid.shape[1], valid.shape[0]), interpolation=cv2.INTER_LINEAR)
