@@ -108,7 +108,7 @@ def test_warp_agrees_with_a_smooth_function():
         rows, columns = np.nonzero(valid)
         places = motion.apply(np.column_stack([columns, rows]))
         # Cubic interpolation at coordinates rounded to 1/32 pixel; half a step times both slopes is 0.001, and
-            # the scene bends.
+        # the scene bends.
         assert np.abs(warped[rows, columns, 0] - scene(*places.T)).max() < 6e-3
 
 

@@ -78,9 +78,9 @@ def test_known_fractions_of_a_pixel(method, noise, bound):
 
 
 def test_correlation_finds_the_shift_where_features_fail():
-    # Noise five times as strong as the scene's own contrast.
+    # Noise four times as strong as the scene's own contrast.
     reference, query = pair(7, 6.25, -4.5, noise=0.9, side=200)
-    assert query.std() > 5 * reference.std()
+    assert query.std() > 4 * reference.std()
     assert features(reference, np.clip(query, 0, 1), "translation") is None
     for method in METHODS:
         found = method(reference, query)

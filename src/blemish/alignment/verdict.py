@@ -17,7 +17,7 @@ Overall = Literal["improved", "worse", "undecided"]
 _CONTRAST = 0.25  # the tolerance, in local standard deviations
 _LEAST = 2 / 255  # and at least this: rounding and compression are no change
 _JOINED = 5.0  # neighbours that the 3 x 3 median makes alike count as one pixel
-_SIGMAS = 2.0  # by which a block's vote must stand out
+_SIGMAS = 2.0  # by which a block's lead, and then the blocks' votes, must stand out
 _MAJORITY = 2.0  # votes for one side, for each vote for the other
 
 
@@ -47,19 +47,26 @@ class Verdict:
 
 
 def judge(
-    query: FloatArray, warped: FloatArray, unwarped: FloatArray, valid: BoolArray, block: int = 32, least: float = 0.02
+    query: FloatArray,
+    warped: FloatArray,
+    unwarped: FloatArray,
+    valid: BoolArray,
+    block: int | None = None,
+    least: float = 0.02,
 ) -> Verdict:
     """Compare |warped - query| with |unwarped - query|, pixel by pixel and block by block.
 
     A pixel changed if the two differ by more than a tolerance, a quarter of its block's contrast. A block votes if
     at least a share `least` of it changed, and if one side leads by more than two standard deviations of a coin.
-    Overall, one side needs two votes for each of the other's, and the changed pixels of all blocks on its side.
+    Overall, one side needs two votes for each of the other's, a lead of two standard deviations in votes (four, if
+    there is no other), and most of the changed pixels.
 
     Args:
         query, warped, unwarped: (H, W) in [0, 1], on the query's grid. A 3 x 3 median clears them of single pixels.
         valid: (H, W), where all three show something.
-        block: side in pixels.
+        block: side in pixels; 32 if not given, and less in images below 256 pixels.
     """
+    block = block or max(8, min(32, min(valid.shape) // 8))
     rows, columns = (max(1, round(side / block)) for side in valid.shape)
     grid = (columns, rows)
     query, warped, unwarped = (np.asarray(cv2.medianBlur(image, 3), np.float32) for image in (query, warped, unwarped))
@@ -76,7 +83,7 @@ def judge(
     blocks = np.where(speaks, np.sign(lead), 0).astype(np.int8)
     total = max(1, int(np.count_nonzero(valid)))
     shares = np.count_nonzero(better) / total, np.count_nonzero(worse) / total
-    return Verdict(_overall(blocks, float(changed.sum()), float(lead.sum())), blocks, *shares)
+    return Verdict(_overall(blocks, float(lead.sum())), blocks, *shares)
 
 
 def _contrast(images: tuple[FloatArray, ...], grid: tuple[int, int]) -> FloatArray:
@@ -88,12 +95,14 @@ def _contrast(images: tuple[FloatArray, ...], grid: tuple[int, int]) -> FloatArr
     return found
 
 
-def _overall(blocks: npt.NDArray[np.int8], changed: float, lead: float) -> Overall:
+def _overall(blocks: npt.NDArray[np.int8], lead: float) -> Overall:
     votes_for, votes_against = np.count_nonzero(blocks > 0), np.count_nonzero(blocks < 0)
-    if abs(lead) < _SIGMAS * np.sqrt(_JOINED * changed):
+    if not votes_for and not votes_against:
         return "undecided"
-    if lead > 0 and votes_for > 0 and votes_for >= _MAJORITY * votes_against:
+    if abs(votes_for - votes_against) < _SIGMAS * np.sqrt(votes_for + votes_against):
+        return "undecided"
+    if lead > 0 and votes_for >= _MAJORITY * votes_against:
         return "improved"
-    if lead < 0 and votes_against > 0 and votes_against >= _MAJORITY * votes_for:
+    if lead < 0 and votes_against >= _MAJORITY * votes_for:
         return "worse"
     return "undecided"
