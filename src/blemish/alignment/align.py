@@ -195,6 +195,7 @@ def _auto(references: Sequence[FloatArray], queries: Sequence[FloatArray], start
 
 def _improves(reference: FloatArray, query: FloatArray, motion: Motion, simpler: Motion) -> bool:
     shape = (query.shape[0], query.shape[1])
+    reference, query = _standard(reference), _standard(query)
     (warped, valid), (other, other_valid) = (warp(reference, each, shape) for each in (motion, simpler))
     return judge(query, warped, other, valid & other_valid).overall == "improved"
 
@@ -232,6 +233,7 @@ def nudge(reference: FloatArray, query: FloatArray, motion: Motion) -> Motion:
     reference, query: (H, W) grey, of the same illumination but for one gain and offset.
     """
     shape = (query.shape[0], query.shape[1])
+    reference, query = _standard(reference), _standard(query)
     warped, valid = warp(reference, motion, shape)
     for size in _NUDGES:
         for direction in _freedoms(motion.kind, shape):
@@ -287,6 +289,12 @@ def _grey(image: FloatArray) -> FloatArray:
     if image.shape[2] == 1:
         return image[..., 0]
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.float32)
+
+
+def _standard(image: FloatArray) -> FloatArray:
+    """(H, W) of any values -> mean 0.5 and standard deviation 0.1, so that gains and offsets are alike."""
+    mean, spread = cv2.meanStdDev(image)
+    return np.asarray((image - np.float32(mean[0, 0])) * np.float32(0.1 / max(spread[0, 0], 1e-6)) + 0.5, np.float32)
 
 
 def _moments(image: FloatArray, valid: BoolArray) -> tuple[np.float32, float]:
