@@ -28,6 +28,7 @@ _FINE_PIXELS = 450**2  # of the finest level: below it, coarser pixels cost hund
 _FEATURE_PIXELS = 700**2
 _REMAINS = 0.03  # pixels of the finest level, twice as many with each coarser one: what resampling alone leaves
 _STANDS_OUT = 10.0  # F ratio of 8 and many degrees of freedom: by chance once in 10^14
+_SURE = 2.0  # standard deviations of a sum over blocks, by which a freer motion must lower the residual
 _NUDGES = (0.5, 0.25, 0.12)  # pixels
 
 
@@ -194,10 +195,17 @@ def _auto(references: Sequence[FloatArray], queries: Sequence[FloatArray], start
 
 
 def _improves(reference: FloatArray, query: FloatArray, motion: Motion, simpler: Motion) -> bool:
+    """Whether the residual is smaller with `motion`, in too many blocks for chance or a defect."""
     shape = (query.shape[0], query.shape[1])
     reference, query = _standard(reference), _standard(query)
     (warped, valid), (other, other_valid) = (warp(reference, each, shape) for each in (motion, simpler))
-    return judge(query, warped, other, valid & other_valid).overall == "improved"
+    both = valid & other_valid
+    if judge(query, warped, other, both, block=16).overall == "improved":
+        return True
+    # Steps of a fraction of a pixel stay below the verdict's tolerance, but add up.
+    gain = (np.abs(other - query) - np.abs(warped - query)) * both
+    blocks = cv2.resize(gain, (max(1, shape[1] // 16), max(1, shape[0] // 16)), interpolation=cv2.INTER_AREA)
+    return float(blocks.sum()) > _SURE * float(np.sqrt(np.square(blocks).sum()))
 
 
 def _polish(reference: FloatArray, query: FloatArray, motion: Motion) -> Motion:
