@@ -151,7 +151,6 @@ class Alignment:
                 shift = correlate(references[level], queries[level], self.max_shift)
                 if shift.confidence >= CONFIDENT:
                     return shift.motion.halved(-level)
-        # A turn needs no scale: the rest is left to the refinement.
         kind: Kind = "homography" if self.motion == "auto" else KINDS[KINDS.index(self.motion)]
         level = _level(queries, _FEATURE_PIXELS)
         motion = features(references[level], queries[level], kind)
