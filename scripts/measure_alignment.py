@@ -62,7 +62,7 @@ CONDITIONS = [
     Condition("light, full motion", gain=0.8, offset=-0.05, **FULL),
     Condition("light, full motion", ramp=0.5, **FULL),
     Condition("light, full motion", ramp=0.5, settings=(("illumination", "blocks"),), **FULL),
-    Condition("defects", defects=True),
+    Condition("defects", defects=True, settings=(("motion", "translation"),)),
     Condition("defects", defects=True, settings=(("motion", "affine"),), **FULL),
     Condition("defects", defects=True, **FULL),
     Condition("settings", noise=20, settings=(("motion", "translation"),)),
@@ -105,12 +105,7 @@ def measure(condition: Condition, pairs: list[tuple[FloatArray, FloatArray]], mo
         truth = draw(condition, shape, rng)
         query = observe((test if condition.defects else template)[..., 0], truth, condition, rng)
         if condition.defects:
-            truth = (
-                Alignment(motion=alignment.motion if condition.full else "translation").find(
-                    template[..., 0], test[..., 0]
-                )
-                @ truth
-            )
+            truth = alignment.find(template[..., 0], test[..., 0]) @ truth
         begin = time.process_time()
         found = alignment(template, query)
         times.append(1e3 * (time.process_time() - begin))
