@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class Output(NamedTuple):
     latents: the levels of the code's distribution, for models that have one.
     penalty: a scalar >= 0 that the model wants minimised beside the residual, for models that have one.
     repaired: (B, 1, h, w) logits of the model's own belief that it repaired a pixel, for models that have one.
+    valid: (B, 1, h, w) bool, False where there is nothing to compare with; None if the comparison is defined everywhere.
+    spread: (B, 1, h, w) > 0, how much normal tiles differ from what is expected at each place, for models that know.
     """
 
     observed: Tensor
@@ -55,3 +58,18 @@ class Output(NamedTuple):
     latents: tuple[Latent, ...] = ()
     penalty: Tensor | None = None
     repaired: Tensor | None = None
+    valid: Tensor | None = None
+    spread: Tensor | None = None
+
+
+@runtime_checkable
+class Fittable(Protocol):
+    """A model that learns of normal tiles without gradients, and keeps what it has learned in buffers.
+
+    whole_image: it compares whole images, so a tile must be one.
+    """
+
+    whole_image: bool
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Tiles (B, C, H, W) in [0, 1], as the model will see them; may be gone through several times."""
