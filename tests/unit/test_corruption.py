@@ -499,6 +499,7 @@ def test_anchor_is_the_same_noise_on_input_and_target(std):
         ({"faintest": 0}, r"0 < corruption\.faintest <= 1"),
         ({"probability": 1.5}, r"0 <= corruption\.probability <= 1"),
         ({"most": 0}, r"corruption\.most >= 1"),
+        ({"fading": 1.5}, r"corruption\.fading between 0 and 1, found 1\.5"),
         ({"anchor": -1}, r"corruption\.anchor >= 0"),
     ],
 )

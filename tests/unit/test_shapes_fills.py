@@ -160,6 +160,18 @@ def test_edges_are_a_pixel_or_two_wide():
     assert (between[whole] / inside[whole].sqrt()).median() < 10  # of about 4 sqrt(area) pixels of outline
 
 
+@pytest.mark.parametrize("name", ["blobs", "ellipses", "polygons"])
+def test_a_share_of_the_shapes_fades_out(name):
+    def half_covered(fading):
+        opacity = SHAPES[name](300, (96, 96), 20.0, 40.0, CPU, fading)
+        assert opacity.amax(dim=(1, 2, 3)).median() > 0.85  # seen as well as the others
+        return (((opacity > 0.1) & (opacity < 0.9)).sum() / (opacity > 0.1).sum()).item()
+
+    sharp, some, all_of_them = map(half_covered, (0.0, 0.5, 1.0))
+    assert sharp < 0.3
+    assert sharp + 0.15 < some < all_of_them - 0.1
+
+
 # --- fills
 
 

@@ -184,6 +184,7 @@ class Structured:
         probability: that a tile has one corruption, given one that it has another, and so on, up to `most`.
         smallest, largest: size of the shapes, as fractions of the tile's shorter side.
         faintest: least opacity; opacities are uniform from there to 1.
+        fading: share of the shapes that fade out, where others have an outline.
         anchor: standard deviation of the white noise that is put on input and target alike, which keeps the model
             from moving what is normal (Bauer et al.).
 
@@ -200,6 +201,7 @@ class Structured:
         smallest: float = 0.06,
         largest: float = 0.5,
         faintest: float = 0.4,
+        fading: float = 0.0,
         anchor: float = 0.0,
     ) -> None:
         for name, chosen, known in (("shapes", shapes, SHAPES), ("fills", fills, FILLS)):
@@ -211,12 +213,15 @@ class Structured:
                 "Expected 0 < corruption.smallest <= corruption.largest <= 1, 0 < corruption.faintest <= 1 and "
                 f"0 <= corruption.probability <= 1, found {smallest}, {largest}, {faintest} and {probability}."
             )
+        if not 0 <= fading <= 1:
+            raise ConfigError(f"Expected corruption.fading between 0 and 1, found {fading}.")
         if most < 1 or anchor < 0:
             raise ConfigError(f"Expected corruption.most >= 1 and corruption.anchor >= 0, found {most} and {anchor}.")
         self.shapes = [SHAPES[name] for name in shapes or SHAPES]
         self.fills = [FILLS[name] for name in fills or FILLS]
         self.probability, self.most = probability, most
         self.smallest, self.largest, self.faintest, self.anchor = smallest, largest, faintest, anchor
+        self.fading = fading
 
     def __call__(self, x: Tensor) -> Corrupted:
         again = (torch.rand(self.most, len(x), device=x.device) < self.probability).cumprod(0).bool()
@@ -244,7 +249,7 @@ class Structured:
         smallest, largest = (max(1.0, share * min(size)) for share in (self.smallest, self.largest))
         opacity = torch.empty(count, 1, *size, device=x.device)
         for shape, where in _deal(self.shapes, count, x.device):
-            opacity.index_copy_(0, where, shape(len(where), size, smallest, largest, x.device))
+            opacity.index_copy_(0, where, shape(len(where), size, smallest, largest, x.device, self.fading))
         opacity = F.interpolate(opacity, scale_factor=2, mode="bilinear")[..., : x.shape[2], : x.shape[3]].to(x.dtype)
         return opacity * uniform(count, self.faintest, 1, x.device)
 

@@ -7,7 +7,7 @@ no outline is a perfect one. Sizes are log-uniform: as many small shapes as larg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,26 +62,32 @@ def _coordinates(count: int, size: tuple[int, int], largest: float, device: torc
     return turned[0] + strength * bend[:, :1], turned[1] + strength * bend[:, 1:]
 
 
-def ellipses(count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device) -> Tensor:
+def ellipses(
+    count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device, fading: float = 0.0
+) -> Tensor:
     """Superellipses, from diamonds over ellipses to rounded rectangles; axes in pixels, at most 1 : 4."""
     y, x = _coordinates(count, size, largest, device)
     long = log_uniform(count, smallest, largest, device) / 2
     short = (long * log_uniform(count, 0.25, 1, device)).clamp(min=smallest / 2)
     power = uniform(count, 1, 6, device)
     distance = ((y / long).abs().pow(power) + (x / short).abs().pow(power)).pow(1 / power)
-    return _edge((1 - distance) * short)
+    return _edge((1 - distance) * short, short, fading)
 
 
-def lines(count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device) -> Tensor:
+def lines(
+    count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device, fading: float = 0.0
+) -> Tensor:
     """Scratches: bent strokes, half a pixel to a sixteenth of `largest` wide."""
     y, x = _coordinates(count, size, largest, device)
     length = log_uniform(count, 4 * smallest, 2 * largest, device) / 2
     width = log_uniform(count, 0.5, max(2.0, largest / 16), device) / 2
     beyond = (y.abs() - length).clamp(min=0)
-    return _edge(width - torch.sqrt(x.square() + beyond.square()) + 0.25)
+    return _edge(width - torch.sqrt(x.square() + beyond.square()) + 0.25, width, fading)
 
 
-def polygons(count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device) -> Tensor:
+def polygons(
+    count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device, fading: float = 0.0
+) -> Tensor:
     """Stars with 3 to 9 corners at random radii: splinters, notches, flakes."""
     y, x = _coordinates(count, size, largest, device)
     most = 9
@@ -95,27 +101,51 @@ def polygons(count: int, size: tuple[int, int], smallest: float, largest: float,
     share = place - before
     first, second = (table.gather(1, index.flatten(1)).view_as(place) for index in (before, after))
     outline = first + share * (second - first)
-    return _edge(outline - torch.sqrt(y.square() + x.square()))
+    return _edge(outline - torch.sqrt(y.square() + x.square()), radii / 2, fading)
 
 
-def blobs(count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device) -> Tensor:
+def blobs(
+    count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device, fading: float = 0.0
+) -> Tensor:
     """Low-frequency noise above a random level (Zavrtanik et al., DRAEM, ICCV 2021), inside a random ellipse."""
     cell = log_uniform(count, max(2, smallest / 2), max(4, largest / 2), device)
     noise = smooth_noise(count, 1, size, cell)
     above = noise - uniform(count, 0.3, 1.2, device)
     window = ellipses(count, size, max(smallest, largest / 4), 2 * largest, device)
-    return _edge(above * cell) * window
+    return _edge(above * cell, cell, fading) * window
 
 
-SHAPES: dict[str, Callable[[int, tuple[int, int], float, float, torch.device], Tensor]] = {
+class Shape(Protocol):
+    def __call__(
+        self,
+        count: int,
+        size: tuple[int, int],
+        smallest: float,
+        largest: float,
+        device: torch.device,
+        fading: float = 0.0,
+    ) -> Tensor:
+        """Opacities (count, 1, H, W) in [0, 1] of shapes of these sizes, in pixels; a share `fading` has no outline."""
+
+
+SHAPES: dict[str, Shape] = {
     "blobs": blobs,
     "ellipses": ellipses,
     "lines": lines,
     "polygons": polygons,
 }
-"""Each maps (count, (H, W), smallest, largest, device) to opacities (count, 1, H, W) in [0, 1]; sizes in pixels."""
 
 
-def _edge(inside: Tensor) -> Tensor:
-    """Opacity from the distance to the outline, in pixels, positive inside: an edge 1 to 2 pixels wide."""
-    return (inside / uniform(len(inside), 1, 2, inside.device) + 0.5).clamp(0, 1)
+def _edge(inside: Tensor, radius: Tensor, fading: float) -> Tensor:
+    """Opacity from the distance to the outline, in pixels, positive inside: an edge 1 to 2 pixels wide.
+
+    A share `fading` of the shapes fades out instead, over up to twice their radius: a model that has seen sharp
+    outlines alone may learn to find outlines, and stains have none (Schlueter et al., Natural synthetic anomalies, ECCV
+    2022, blend for the same reason).
+    """
+    count, device = len(inside), inside.device
+    width = uniform(count, 1, 2, device)
+    if fading:
+        fades = uniform(count, 0, 1, device) < fading
+        width = torch.where(fades, width + uniform(count, 0, 2, device) * radius, width)
+    return (inside / width + 0.5).clamp(0, 1)
