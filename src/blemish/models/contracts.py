@@ -49,7 +49,7 @@ class Output(NamedTuple):
     latents: the levels of the code's distribution, for models that have one.
     penalty: a scalar >= 0 that the model wants minimised beside the residual, for models that have one.
     repaired: (B, 1, h, w) logits of the model's own belief that it repaired a pixel, for models that have one.
-    valid: (B, 1, h, w) bool, False where there is nothing to compare with; None if the comparison is defined everywhere.
+    valid: (B, 1, h, w) bool, False where there is nothing to compare with; None if there is something everywhere.
     spread: (B, 1, h, w) > 0, how much normal tiles differ from what is expected at each place, for models that know.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from blemish import __version__, pipeline
 from blemish.build import build, build_section
@@ -27,6 +27,7 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric, synthetic_defects_figure, write_figure
 from blemish.files import write_json, write_text
+from blemish.models.contracts import Fittable
 from blemish.normalisation import NormalisationSettings
 from blemish.preprocess import Preprocess
 from blemish.scores.contracts import FittableScore, Score
@@ -38,6 +39,7 @@ from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
+_MOST_TO_LEARN = 1000  # tiles, for models without gradients
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 
 
@@ -160,7 +162,25 @@ class _Parts:
         cached("calibration", 0)  # only to find unreadable ones now, and not after the training
         tiles = TrainingTiles(images, tiling.size, settings["seed"], augment)
         validation = ValidationTiles(held_out, tiling)
+        if getattr(model, "whole_image", False) and preprocess.size != tiling.size:
+            raise ConfigError(
+                f"{type(model).__name__} compares whole images, so they must be of one size, found "
+                f"image.size={preprocess.size or 'null'} and tiling.size={tiling.size}: set both to a number of "
+                "pixels, such as image.size=256 tiling.size=256."
+            )
         return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, validation)
+
+    def learn(self) -> nn.Module:
+        """What takes the place of training for a model without gradients."""
+        assert isinstance(self.model, Fittable)
+        normal = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
+        self.model.fit(list(self.shown(normal, "cpu")))
+        return self.model
+
+    def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
+        """Batches of normal tiles (B, C, t, t) as model and score see them."""
+        batches = tiles.batches(self.training.batch_size, device)
+        return map(standardised, batches) if self.tiling.standardise else batches
 
 
 def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
@@ -217,28 +237,32 @@ def _go_on(
 ) -> Finished:
     """From a prepared folder to a finished one; steps that are done are not done again."""
     print(f"run folder: {run}", flush=True)
-    if about["status"] == "trained":
+    gradient_free = isinstance(parts.model, Fittable)
+    if about["status"] == "trained" and not gradient_free:
         model = load_best(run, parts.model)
     else:
         watch = None
-        if report is not None and settings["synthetic"]["images"]:
+        if not gradient_free and report is not None and settings["synthetic"]["images"]:
             watch = SyntheticWatch(parts.score, parts.validation, settings["optimized_metric"], report)
         began = time.monotonic()
         try:
-            model = fit(
-                run,
-                parts.tiles,
-                parts.validation,
-                parts.model,
-                parts.objective,
-                parts.score,
-                parts.corruption,
-                parts.training,
-                settings["trainer"],
-                settings["seed"],
-                parts.tiling.standardise,
-                watch=watch,
-            )
+            if gradient_free:
+                model = parts.learn()
+            else:
+                model = fit(
+                    run,
+                    parts.tiles,
+                    parts.validation,
+                    parts.model,
+                    parts.objective,
+                    parts.score,
+                    parts.corruption,
+                    parts.training,
+                    settings["trainer"],
+                    settings["seed"],
+                    parts.tiling.standardise,
+                    watch=watch,
+                )
             # Early stopping would let a resumed training go one epoch further.
             about["status"] = "trained"
         except Pruned:
@@ -254,8 +278,7 @@ def _go_on(
     }
     device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
     if isinstance(parts.score, FittableScore):
-        tiles = parts.validation.batches(parts.training.batch_size, device)
-        parts.score.fit(model.eval().to(device), map(standardised, tiles) if parts.tiling.standardise else tiles)
+        parts.score.fit(model.eval().to(device), parts.shown(parts.validation, device))
     detector = assemble(settings, model, about=about, device=device, score=parts.score)
     if parts.normalisation.kind != "none":
         source = [item.record.path for item in splits.of(parts.normalisation.source)]
