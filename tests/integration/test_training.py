@@ -190,10 +190,19 @@ def test_variants_train_to_a_detector_that_predicts(train, tiny_data, settings):
     assert prediction.is_anomalous == prediction.mask.any()
 
 
+def steps_in(run, name):
+    return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"]
+
+
 def test_early_stopping_ends_a_training_that_does_not_improve(train):
     run = train("training.steps=40", "training.learning_rate=1e-12", "training.patience=2")
-    steps = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert steps < 40
+    assert steps_in(run, "last") < 40
+
+
+def test_every_epoch_is_kept_whether_it_improved_or_not(train):
+    run = train("training.steps=40", "training.learning_rate=1e-12", "training.patience=null")
+    assert steps_in(run, "last") == 40  # where a resumed training goes on
+    assert steps_in(run, "best") < 40
 
 
 def test_diverged_training_is_one_sentence(run_cli, tiny_data, tiny, tmp_path):
@@ -211,4 +220,4 @@ def test_two_processes_train_one_detector(spawn_cli, tiny_data, tiny, tmp_path):
     result = spawn_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", *tiny, *settings])
     assert result.returncode == 0, result.stderr
     assert load_detector(run)(tiny_data / "test/blob/000.png").score_map.shape == (40, 48)
-    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert steps_in(run, "last") == 4

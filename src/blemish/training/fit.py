@@ -131,14 +131,11 @@ def fit(
         settings.channels_last,
         standardise,
     )
-    best = ModelCheckpoint(
-        run / CHECKPOINTS,
-        filename="best",
-        monitor="val/loss",
-        save_last=True,
-        enable_version_counter=False,
-    )
-    callbacks: list[pl.Callback] = [best, LearningRateMonitor("step"), Panel(score, settings.panel_every)]
+    folder = run / CHECKPOINTS
+    best = ModelCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False)
+    # Not save_last, which since Lightning 2.6 saves only when the best is saved: a resumed training would go back.
+    latest = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+    callbacks: list[pl.Callback] = [best, latest, LearningRateMonitor("step"), Panel(score, settings.panel_every)]
     if progress:
         callbacks.append(TQDMProgressBar(refresh_rate=max(1, settings.steps_per_epoch // 50)))
     if watch is not None:
@@ -159,7 +156,7 @@ def fit(
     )
     if watch is not None and lightning.world_size > 1:
         watch.report = None
-    last = run / CHECKPOINTS / "last.ckpt"
+    last = folder / "last.ckpt"
     if last.is_file():
         _load(last)  # says so if it is damaged
     try:
