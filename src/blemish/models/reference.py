@@ -147,7 +147,7 @@ class TemplateBank(nn.Module):
             seen = np.isfinite(stack).any(axis=0)
             middle = np.nanmedian if self.statistic == "median" else np.nanmean
             template = np.where(seen, middle(np.where(seen, stack, 0.5), axis=0), template).astype(np.float32)
-            apart = np.nanmean(np.abs(stack - template), axis=3)
+            apart = np.abs(stack - template).mean(axis=3)
             known = np.isfinite(apart).any(axis=0)
             spread = np.where(known, _MAD * np.nanmedian(np.where(known, apart, 0), axis=0), 0).astype(np.float32)
         return template, spread + np.float32(_FLOOR)
