@@ -6,8 +6,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _explained(lambda: _run(words[0], words[1:])).code
     except KeyboardInterrupt as stopped:
         goes_on = stopped.args[0] if stopped.args else _GOES_ON.get(words[0], "")
-        _close_bars()
         print(f"blemish: interrupted{goes_on}.", file=sys.stderr)
         code = INTERRUPTED
     raise SystemExit(code)
@@ -65,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _explained(action: Callable[[], int]) -> Ending:
     """Do it; whatever goes wrong is said on stderr in one sentence, after a traceback if the mistake is ours."""
     try:
-        return Ending(action())
+        with _bars_cleared():
+            return Ending(action())
     except BlemishError as error:
         ending = Ending(MISTAKE, str(error))
     except OSError as error:
@@ -77,23 +77,26 @@ def _explained(action: Callable[[], int]) -> Ending:
             advice = "lower training.batch_size, tiling.batch or tiling.size."
             ending = Ending(MISTAKE, f"the device is out of memory: {advice}")
         else:
-            _close_bars()
             traceback.print_exc()
             ending = Ending(BUG, "this is a bug in blemish, not in what you asked; please report the lines above.")
-    _close_bars()
     print(f"blemish: {ending.sentence}", file=sys.stderr)
     return ending
 
 
-def _close_bars() -> None:
-    """Clear progress bars that an exception has left open: a sentence begins on a line of its own."""
-    module = sys.modules.get("tqdm.std")
-    bars = sorted(module.tqdm._instances, key=lambda bar: -abs(bar.pos)) if module else ()
-    for bar in bars:  # the lowest line first
-        with suppress(ValueError):  # its stream is closed
-            bar.close()
-    if bars:
-        print(end="\r", file=sys.stderr)
+@contextmanager
+def _bars_cleared() -> Iterator[None]:
+    """Clear progress bars that an exception leaves open: what is said of it begins on a line of its own."""
+    try:
+        yield
+    except BaseException:
+        module = sys.modules.get("tqdm.std")
+        bars = sorted(module.tqdm._instances, key=lambda bar: -abs(bar.pos)) if module else ()
+        for bar in bars:  # the lowest line first
+            with suppress(ValueError):  # its stream is closed
+                bar.close()
+        if bars:
+            print(end="\r", file=sys.stderr)
+        raise
 
 
 def _usage() -> str:

@@ -147,14 +147,13 @@ class _Parts:
         torch.manual_seed(settings["seed"])
         model = build_model(settings)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
-        # The detector's own parts, so that training cuts and converts just as prediction will.
-        detector = assemble(settings, model)
+        assemble(settings, model)  # what prediction would refuse is refused now
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit = training.cache_gb * 2**30
 
         def cached(split: Split, share: float) -> ImageCache:
             paths = [item.record.path for item in splits.of(split)]
-            return ImageCache(paths, detector.preprocess, share * limit, split)
+            return ImageCache(paths, preprocess, share * limit, split)
 
         images, held_out = cached("train", 0.9), cached("validation", 0.1)
         cached("calibration", 0)  # only to find unreadable ones now, and not after the training
