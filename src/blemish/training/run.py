@@ -222,7 +222,7 @@ def _go_on(
         watch = None
         if report is not None and settings["synthetic"]["images"]:
             watch = SyntheticWatch(parts.score, parts.validation, settings["optimized_metric"], report)
-        began = time.monotonic()
+        began = time.monotonic(), time.process_time()
         try:
             model = fit(
                 run,
@@ -244,7 +244,9 @@ def _go_on(
             about["status"] = "pruned"
             raise
         finally:  # an interrupted training took its time, too
-            about["training_seconds"] = round(about.get("training_seconds", 0.0) + time.monotonic() - began, 3)
+            taken = time.monotonic() - began[0], time.process_time() - began[1]
+            for name, seconds in zip(("training_seconds", "training_core_seconds"), taken, strict=True):
+                about[name] = round(about.get(name, 0.0) + seconds, 3)
             write_json(run / RUN_FILE, about)
     seen = [item for name in SPLITS[:2] for item in splits.of(name)]
     trained = {
