@@ -216,6 +216,7 @@ def measure(run: Path) -> dict[str, Any]:
         "calibration": {"alpha": card.promise.alpha, "rule": card.promise.rule, "n": card.n, "rank": card.rank},
         "training": {
             "seconds": seconds,
+            "core_seconds": about.get("training_core_seconds"),
             "steps": steps,
             "planned_steps": settings["training"]["steps"],
             "batch_size": settings["training"]["batch_size"],

@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _explained(action: Callable[[], int]) -> Ending:
     """Do it; whatever goes wrong is said on stderr in one sentence, after a traceback if the mistake is ours."""
     try:
-        return Ending(action())
+        with _bars_cleared():
+            return Ending(action())
     except BlemishError as error:
         ending = Ending(MISTAKE, str(error))
     except OSError as error:
@@ -79,6 +81,22 @@ def _explained(action: Callable[[], int]) -> Ending:
             ending = Ending(BUG, "this is a bug in blemish, not in what you asked; please report the lines above.")
     print(f"blemish: {ending.sentence}", file=sys.stderr)
     return ending
+
+
+@contextmanager
+def _bars_cleared() -> Iterator[None]:
+    """Clear progress bars that an exception leaves open: what is said of it begins on a line of its own."""
+    try:
+        yield
+    except BaseException:
+        module = sys.modules.get("tqdm.std")
+        bars = sorted(module.tqdm._instances, key=lambda bar: -abs(bar.pos)) if module else ()
+        for bar in bars:  # the lowest line first
+            with suppress(ValueError):  # its stream is closed
+                bar.close()
+        if bars:
+            print(end="\r", file=sys.stderr)
+        raise
 
 
 def _usage() -> str:

@@ -299,7 +299,13 @@ def test_an_unknown_argument_is_refused_in_words(variant, name):
 )
 @pytest.mark.parametrize(
     ("normalisation", "activation"),
-    [("batch", "silu"), ("instance", "relu"), ("group", "leaky_relu"), ("none", "gelu")],
+    [
+        ("batch", "silu"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("instance", "relu"), ("group", "leaky_relu"), ("none", "gelu"))
+        ),
+    ],
 )
 def test_every_variant_trains(variant, name, change, normalisation, activation):
     model = variant(name, width=4, depth=2, normalisation=normalisation, activation=activation, **change)

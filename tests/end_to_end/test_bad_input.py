@@ -258,6 +258,7 @@ def limit_files_to(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
 def test_file_that_grows_too_large_is_one_sentence(spawn_cli, world, tiny, tmp_path):
     words = ["train", f"data.root={world / 'few'}", "out=run", *tiny]

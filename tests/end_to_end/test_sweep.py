@@ -145,6 +145,7 @@ def test_search_is_seeded_and_finds_the_better_end():
     assert optuna.load_study(study_name="sweep", storage="sqlite:///one/study.db").best_value > 7
 
 
+@pytest.mark.slow
 def test_a_killed_search_asks_what_an_uninterrupted_one_asks():
     pytest.importorskip("optuna")
     statement = "run_sweep('out', LINE, **SEARCH)"

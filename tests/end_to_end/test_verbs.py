@@ -84,7 +84,12 @@ def test_version_is_told(run_cli):
     assert (result.code, result.out) == (0, f"blemish {__version__}\n")
 
 
-@pytest.mark.parametrize("verb", VERBS)
+OFTEN = ("train", "predict")
+
+
+@pytest.mark.parametrize(
+    "verb", [verb if verb in OFTEN else pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS]
+)
 def test_help_and_settings_of_every_verb(run_cli, verb, tmp_path):
     help_text = run_cli([verb, "--help"])
     assert help_text.code == 0 and f"blemish {verb} " in help_text.out and help_text.err == ""

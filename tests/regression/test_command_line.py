@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from tqdm import tqdm
 
 
 def test_folder_named_like_a_number_is_a_path(run_copy, run_cli, tiny_data, tmp_path, monkeypatch):
@@ -40,3 +41,10 @@ def test_setting_that_cannot_work_is_refused_before_a_run_is_made(
 def test_only_training_sweeps(run_cli):
     result = run_cli(["check", "--multirun", "data.root=a,b"])
     assert result.code == 2 and "Only `blemish train` sweeps" in result.sentences[0]
+
+
+def test_a_bar_that_was_left_open_does_not_move_the_sentence(run_cli):
+    bars = [tqdm(total=3, leave=False), tqdm(total=3)]  # as after an exception whose traceback is still held
+    result = run_cli(["predict", "run=missing", "input=missing"])
+    assert result.err.splitlines()[-1].startswith("blemish: ")
+    assert all(bar.disable for bar in bars)  # closed

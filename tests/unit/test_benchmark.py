@@ -326,6 +326,21 @@ def test_marks_of_the_table(report):
     assert "Not comparable" not in page and "one of these lines only" not in page
 
 
+def test_the_time_allowed_is_that_of_cores_on_a_cpu(report):
+    shared = {"seconds": 500.0, "core_seconds": 250.0}
+    on_gpu = found_by_measuring()["hardware"] | {"device": "cuda"}
+    page = report.markdown(
+        [
+            line("crowded", training=shared),
+            line("spread", training={"seconds": 250.0, "core_seconds": 500.0}),
+            line("gpu", training=shared, hardware=on_gpu),
+        ]
+    )
+    assert row_of(page, "crowded", 1)[1:3] == ["8.3 min", "4.2 min"]
+    assert row_of(page, "spread", 1)[1:3] == ["4.2 min, **over budget**", "8.3 min"]
+    assert row_of(page, "gpu", 1)[1] == "8.3 min, **over budget**"
+
+
 def test_a_busy_machine_is_said(report):
     busy = line("hurried")
     busy["inference"] = busy["inference"] | {"batch_32": {"images_per_second": 3.0, "cores_of_others": 1.24}}
@@ -425,7 +440,9 @@ def test_one_real_cell(bench, make_mvtec, tiny, tmp_path, capsys):
 @pytest.mark.slow
 def test_training_seconds_add_up_over_resumes(run_copy, run_cli):
     about = json.loads((run_copy / "run.json").read_text())
-    assert about["training_seconds"] > 0
-    (run_copy / "run.json").write_text(json.dumps(about | {"status": "training", "training_seconds": 1000.0}))
+    before = {"training_seconds": 1000.0, "training_core_seconds": 2000.0}
+    assert all(about[name] > 0 for name in before)
+    (run_copy / "run.json").write_text(json.dumps(about | {"status": "training"} | before))
     assert run_cli(["train", f"resume={run_copy}"]).code == 0
-    assert 1000 < json.loads((run_copy / "run.json").read_text())["training_seconds"] < 1500
+    about = json.loads((run_copy / "run.json").read_text())
+    assert all(taken < about[name] < taken + 500 for name, taken in before.items())

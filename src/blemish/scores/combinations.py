@@ -11,12 +11,11 @@ from blemish.errors import ConfigError, nearest_names
 from blemish.models.contracts import Output
 from blemish.scores.contracts import ExplainedScore, FittableScore, explain
 
-_JOINED: dict[str, Callable[[Tensor], Tensor]] = {
+JOINS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda scores: scores.sum(dim=1, keepdim=True),
     "max": lambda scores: scores.amax(dim=1, keepdim=True),
     "product": lambda scores: scores.prod(dim=1, keepdim=True),
 }
-JOINS = tuple(_JOINED)
 
 
 class CombinedScore(ExplainedScore):
@@ -56,7 +55,7 @@ class CombinedScore(ExplainedScore):
         scores, expected = self._ask(model, x)
         location, scale = (buffer.to(scores)[:, None, None] for buffer in (self.location, self.scale))
         scores = ((scores - location) / scale).clamp(min=0)
-        return _JOINED[self.join](scores), expected
+        return JOINS[self.join](scores), expected
 
     def _ask(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of all terms, (B, K, H, W), and what the first one expected."""
@@ -75,10 +74,15 @@ class CombinedScore(ExplainedScore):
         scores = [self._ask(model, x)[0] for x in batches]
         for number in range(len(self.terms)):
             values = torch.cat([score[:, number].flatten() for score in scores])
-            median, high = (values.kthvalue(max(1, round(q * len(values)))).values for q in (0.5, self.quantile))
-            location = torch.zeros_like(median) if self.join == "product" else median
-            self.location[number] = location
-            self.scale[number] = (high - location).clamp(min=1e-6)  # a score may be constant on normal tiles
+            if self.join != "product":
+                self.location[number] = _quantile(values, 0.5)
+            reach = _quantile(values, self.quantile) - self.location[number].to(values)
+            self.scale[number] = reach.clamp(min=1e-6)  # a score may be constant on normal tiles
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """A scalar of the 1-D tensor; torch.quantile refuses so many values."""
+    return values.kthvalue(max(1, round(share * len(values)))).values
 
 
 class _Remembering(nn.Module):

@@ -149,14 +149,13 @@ class _Parts:
         torch.manual_seed(settings["seed"])
         model = build_model(settings)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
-        # The detector's own parts, so that training cuts and converts just as prediction will.
-        detector = assemble(settings, model)
+        assemble(settings, model)  # what prediction would refuse is refused now
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit = training.cache_gb * 2**30
 
         def cached(split: Split, share: float) -> ImageCache:
             paths = [item.record.path for item in splits.of(split)]
-            return ImageCache(paths, detector.preprocess, share * limit, split)
+            return ImageCache(paths, preprocess, share * limit, split)
 
         images, held_out = cached("train", 0.9), cached("validation", 0.1)
         cached("calibration", 0)  # only to find unreadable ones now, and not after the training
@@ -244,7 +243,7 @@ def _go_on(
         watch = None
         if not gradient_free and report is not None and settings["synthetic"]["images"]:
             watch = SyntheticWatch(parts.score, parts.validation, settings["optimized_metric"], report)
-        began = time.monotonic()
+        began = time.monotonic(), time.process_time()
         try:
             if gradient_free:
                 model = parts.learn()
@@ -269,7 +268,9 @@ def _go_on(
             about["status"] = "pruned"
             raise
         finally:  # an interrupted training took its time, too
-            about["training_seconds"] = round(about.get("training_seconds", 0.0) + time.monotonic() - began, 3)
+            taken = time.monotonic() - began[0], time.process_time() - began[1]
+            for name, seconds in zip(("training_seconds", "training_core_seconds"), taken, strict=True):
+                about[name] = round(about.get(name, 0.0) + seconds, 3)
             write_json(run / RUN_FILE, about)
     seen = [item for name in SPLITS[:2] for item in splits.of(name)]
     trained = {
