@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,23 +30,34 @@ class ReferencePair(nn.Module):
     """Expects the reference that comes with each tile: tiles are query, reference and validity, one on the other.
 
     Args:
-        channels: of query and reference, 1 or 3. A tile has 2 * channels + 1.
+        tolerance: a pixel may show whatever lies between the darkest and the brightest value that the reference has
+            within so many pixels (a square), so that an edge may lie so far off. 0 compares pixel with pixel.
+
+    Raises:
+        ConfigError: tolerance is no whole number >= 0, or (in `forward`) a tile is no such pile.
     """
 
-    def __init__(self, channels: int = 1) -> None:
+    def __init__(self, tolerance: int = 0) -> None:
         super().__init__()
-        self.channels = channels
+        if not isinstance(tolerance, int) or tolerance < 0:
+            raise ConfigError(f"Expected tolerance to be a whole number of pixels >= 0, found {tolerance}.")
+        self.tolerance = tolerance
 
     def forward(self, x: Tensor) -> Output:
         """(B, 2 C + 1, H, W): query and reference in [0, 1], and 1 where they can be compared, 0 elsewhere."""
-        if x.shape[1] != 2 * self.channels + 1:
+        channels, rest = divmod(x.shape[1] - 1, 2)
+        if channels < 1 or rest:
             raise ConfigError(
-                f"ReferencePair expects {2 * self.channels + 1} channels (query, reference and validity), found "
+                "ReferencePair expects tiles of query, reference and validity, an odd number of channels, found "
                 f"{x.shape[1]}."
             )
-        query, reference, valid = x.split([self.channels, self.channels, 1], dim=1)
-        # A gradient with respect to the pair is one with respect to the query.
-        return Output(query, reference.detach(), valid=valid.detach() > 0.5)
+        query, expected, valid = x[:, :channels], x[:, channels:-1].detach(), x[:, -1:].detach()
+        if self.tolerance:
+            window = (2 * self.tolerance + 1, 1, self.tolerance)
+            darkest, brightest = -F.max_pool2d(-expected, *window), F.max_pool2d(expected, *window)
+            expected = torch.minimum(torch.maximum(query.detach(), darkest), brightest)
+        # What is expected is detached: a gradient with respect to the pair is one with respect to the query.
+        return Output(query, expected, valid=valid > 0.5)
 
 
 class TemplateBank(nn.Module):

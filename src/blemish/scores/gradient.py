@@ -58,7 +58,7 @@ class InputGradientScore(ExplainedScore):
             score = gradient(self, loss, x).abs().mean(dim=1, keepdim=True)
         if self.times_residual:
             score = score * residual.detach()
-        return score, output.expected.detach()
+        return score if output.valid is None else score * output.valid, output.expected.detach()
 
 
 class ProjectionScore(ExplainedScore):
