@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,6 +268,43 @@ def _monitor(config: Any, overrides: list[str]) -> int:
     return code if drift.holds else DRIFT
 
 
+def _diff(config: Any, overrides: list[str]) -> int:
+    from blemish.calibration import read_settings
+    from blemish.difference.build import build_comparison, made_by, read_card
+    from blemish.difference.pairs import find_pairs
+    from blemish.difference.run import diff, in_words, learn
+    from blemish.files import CARD_FILE, write_json
+
+    example = "diff REFERENCE QUERY out=OUT"
+    reference, query = (Path(_required(config, name, example)).expanduser().absolute() for name in ("reference", "query"))
+    settings = _plain(config)
+    mask = Path(settings["mask"]).expanduser().absolute() if settings["mask"] is not None else None
+    out = Path(settings["out"]) if settings["out"] is not None else dated("differences")
+    comparison = build_comparison(settings)
+    made = made_by(settings, comparison)
+    pairs = find_pairs(reference, query, mask)
+    if settings["learn"]:
+        if settings["card"] is not None:
+            raise ConfigError("learn=true makes a card, card= uses one: leave one of them out.")
+        if (out / CARD_FILE).exists() and not settings["overwrite"]:
+            raise ConfigError(f"{out} has a {CARD_FILE} already: choose another out=, or set overwrite=true.")
+        promise, mask_rule = read_settings(settings["calibration"])
+        card = learn(comparison, pairs, promise, mask_rule, made)
+        write_json(out / CARD_FILE, card.to_dict())
+        _print_calibration(card)
+        print(f"threshold: {card.threshold:.6g}; card: {out / CARD_FILE}")
+        return DONE
+    if settings["card"] is not None:
+        comparison = replace(comparison, card=read_card(Path(settings["card"]), made["fingerprint"]))
+        made = made_by(settings, comparison)
+    print(f"writing to: {out}", flush=True)
+    summary = diff(comparison, pairs, out, made, settings["overwrite"])
+    print(in_words(summary, comparison.card))
+    code = _print_unusable(summary.errors)
+    print(f"written: {out}")
+    return code
+
+
 def _report(config: Any, overrides: list[str]) -> int:
     _write_report(Path(_required(config, "run", "report run=RUN")))
     return DONE
@@ -293,4 +331,5 @@ ACTIONS: dict[str, Callable[[Any, list[str]], int]] = {
     "compare": _compare,
     "report": _report,
     "monitor": _monitor,
+    "diff": _diff,
 }

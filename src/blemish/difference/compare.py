@@ -96,14 +96,15 @@ class Comparison:
         score_map = apply_tiled(self.scorer, pair[None], replace(self.tiling, size=side))[0]
         score_map = self.map_filters(score_map, aligned.valid)
         times.append(time.perf_counter())
-        found = self._decide(score_map, observed.shape[2], aligned, observed, expected)
+        found = self._decide(score_map, aligned, observed, expected)
         times.append(time.perf_counter())
         return replace(found, seconds=dict(zip(STEPS, np.diff(times).tolist(), strict=True)))
 
     def align(self, reference: Pixels, query: Pixels) -> Aligned:
         """Both as [0, 1] and with equal channels, the reference on the query's grid. Raises ImageError."""
         images = [check_pixels(image) for image in (reference, query)]
-        channels = self.channels or min(image.shape[2] for image in images)
+        # A grey picture saved in colour is grey: quicker, and its noise is that of one channel.
+        channels = self.channels or (1 if any(_is_grey(image) for image in images) else 3)
         reference, query = (to_unit(Preprocess(channels)(image)) for image in images)
         aligned = self.alignment(reference, query)
         if reference.shape != query.shape and aligned.motion.kind == "identity":
@@ -117,7 +118,7 @@ class Comparison:
         return aligned
 
     def _decide(
-        self, score_map: FloatArray, channels: int, aligned: Aligned, observed: FloatArray, expected: FloatArray
+        self, score_map: FloatArray, aligned: Aligned, observed: FloatArray, expected: FloatArray
     ) -> Difference:
         card = self.card
         if card:
@@ -126,7 +127,7 @@ class Comparison:
             cleaning = Cleaning(max(self.cleaning.min_area, card.mask_rule.smallest_region))
         else:
             score = float(score_map.max())
-            raw, threshold = self.threshold(score_map, aligned.valid)
+            raw, threshold = self.threshold(score_map, aligned.valid, observed, expected)
             cleaning = self.cleaning
 
         def p_value(part: FloatArray, inside: Mask) -> float:
@@ -148,3 +149,7 @@ class Comparison:
             motion=aligned.motion,
             verdict=aligned.verdict,
         )
+
+
+def _is_grey(image: Pixels) -> bool:
+    return image.shape[2] == 1 or bool((image == image[..., :1]).all())

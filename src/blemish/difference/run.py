@@ -26,6 +26,7 @@ from blemish.mask_rules import MaskRule
 from blemish.postprocess import Mask
 from blemish.streaming import map_ahead
 
+_LISTED = 10  # regions of a single pair that are printed
 _PIXELS_AHEAD = 2**23  # of queries under way at any time, beyond a single larger one
 Result = TypeVar("Result")
 
@@ -158,3 +159,33 @@ def _figures(found: Difference, truth: Mask) -> dict[str, float | None]:
     curves.add(found.score_map[found.valid][None], truth[None])
     figures = (decisions.f1(), decisions.iou(), decisions.precision(), decisions.recall(), curves.curve().auroc())
     return dict(zip(TRUTH, figures, strict=True))
+
+
+def in_words(summary: DiffSummary, card: Calibration | None = None) -> str:
+    """What was found: of one pair in detail, of many as a whole."""
+    lines = []
+    if len(summary.rows) == 1 and not summary.errors:
+        row = summary.rows[0]
+        moved = "no motion" if row["motion"] == "identity" else f"{row['motion']}, judged {row['verdict']}"
+        lines.append(f"{row['decision']}: {100 * row['share']:.3g} % of the pixels, {row['regions']} regions")
+        lines += [
+            f"  region of score {score:.3g}: {width} x {height} pixels at ({left}, {top})"
+            for (left, top, width, height), score in zip(row["boxes"][:_LISTED], row["region_scores"], strict=False)
+        ]
+        if row["regions"] > _LISTED:
+            lines.append(f"  and {row['regions'] - _LISTED} more, in the table")
+        lines.append(f"alignment: {moved}; {100 * row['valid_share']:.3g} % of the query can be compared")
+        lines.append(f"threshold: {row['threshold']:.4g}, largest difference {row['image_score']:.4g}")
+        if row["p_value"] is not None:
+            lines.append(f"p-value: {row['p_value']:.3g}")
+    else:
+        resumed = f" ({summary.resumed} of them before the interruption)" if summary.resumed else ""
+        counts = f"{summary.different} different, {len(summary.errors)} unusable"
+        lines.append(f"{len(summary.rows)} pairs{resumed}: {counts}")
+    if card:
+        lines.append(f"calibrated: {card.in_words()}")
+    if summary.truth:
+        masks = sum(row["dice"] is not None for row in summary.rows)
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in summary.truth.items())
+        lines.append(f"against the masks (mean over {masks} pairs): {figures}")
+    return "\n".join(lines)
