@@ -43,7 +43,7 @@ class ReferencePair(nn.Module):
                 f"ReferencePair expects {2 * self.channels + 1} channels (query, reference and validity), found "
                 f"{x.shape[1]}."
             )
-        query, reference, valid = x.split([self.channels, self.channels, 1], dim=1)
+        query, reference, valid = torch.split(x, [self.channels, self.channels, 1], dim=1)
         # A gradient with respect to the pair is one with respect to the query.
         return Output(query, reference.detach(), valid=valid.detach() > 0.5)
 
