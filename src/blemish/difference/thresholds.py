@@ -42,8 +42,8 @@ class MapThreshold:
     a grey picture saved in colour, whose channels are equal, is one channel. Where it does not hold:
 
     - Between images of whole grey levels, scores are whole steps of 1 / 255, and the share of flagged pixels is that of
-      noise above the threshold, give or take half a step: with a difference of 5 grey levels' standard deviation,
-      0.07 to 0.14 % instead of 0.1.
+      noise above the threshold, give or take half a step: where the difference has a standard deviation of 5 grey
+      levels, 0.07 to 0.14 % instead of 0.1. Their estimate is up to 3 % off at two grey levels and 12 % at one.
     - If more than half of the map is exactly 0, there is no noise to estimate, and `least` alone decides. That is as
       it should be for binary images; noise whose difference has a standard deviation below about 0.7 grey levels,
       however, is flagged wherever it exceeds 1.5 of them, whatever the confidence: up to 4 % of the pixels.
