@@ -237,6 +237,13 @@ def test_median_against_scipy(kernel):
     np.testing.assert_array_equal(MapFilters(["median"], kernel=kernel)(score_map, valid), expected)
 
 
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_median_does_not_sink_towards_holes(kernel):
+    valid = holes(share=0.8)
+    found = MapFilters(["median"], kernel=kernel)(np.full(valid.shape, 0.3, np.float32), valid)
+    assert (found[valid] == np.float32(0.3)).all()
+
+
 @pytest.mark.parametrize("sigma", [0.7, 2.0])
 def test_gaussian_is_the_weighted_mean_of_valid_pixels(sigma):
     score_map, valid = difference_map(), holes()
