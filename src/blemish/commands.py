@@ -276,7 +276,9 @@ def _diff(config: Any, overrides: list[str]) -> int:
     from blemish.files import CARD_FILE, write_json
 
     example = "diff REFERENCE QUERY out=OUT"
-    reference, query = (Path(_required(config, name, example)).expanduser().absolute() for name in ("reference", "query"))
+    reference, query = (
+        Path(_required(config, name, example)).expanduser().absolute() for name in ("reference", "query")
+    )
     settings = _plain(config)
     mask = Path(settings["mask"]).expanduser().absolute() if settings["mask"] is not None else None
     out = Path(settings["out"]) if settings["out"] is not None else dated("differences")

@@ -13,7 +13,7 @@ from blemish.build import build
 from blemish.cli import config_folder
 from blemish.commands import ACTIONS
 
-GROUPS = ("model", "residual", "score", "corruption", "augment", "data", "trainer", "sweep")
+GROUPS = ("model", "residual", "score", "corruption", "augment", "data", "trainer", "sweep", "strategy")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 MASK_SETTINGS = ("mask_rule", "tau", "region_area")
 every_option = pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}-{o}" for g, o in OPTIONS])

@@ -53,14 +53,14 @@ def test_a_pair_is_query_reference_and_validity(channels):
     query, reference = torch.rand(2, 2, channels, 8, 9)
     valid = torch.zeros(2, 1, 8, 9)
     valid[..., 3:] = 1
-    output = ReferencePair(channels)(torch.cat([query, reference, valid], 1))
+    output = ReferencePair()(torch.cat([query, reference, valid], 1))
     assert torch.equal(output.observed, query) and torch.equal(output.expected, reference)
     assert output.valid.dtype == torch.bool and torch.equal(output.valid.float(), valid)
 
 
 def test_a_pair_of_other_channels_is_one_sentence():
     with pytest.raises(ConfigError, match=r"expects 3 channels .* found 7"):
-        ReferencePair(1)(torch.rand(1, 7, 8, 8))
+        ReferencePair()(torch.rand(1, 6, 8, 8))
 
 
 def test_nothing_is_scored_where_nothing_can_be_compared():

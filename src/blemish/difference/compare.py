@@ -127,7 +127,10 @@ class Comparison:
             cleaning = Cleaning(max(self.cleaning.min_area, card.mask_rule.smallest_region))
         else:
             score = float(score_map.max())
-            raw, threshold = self.threshold(score_map, aligned.valid, observed, expected)
+            differences = np.abs(observed - expected).mean(axis=2)
+            raw, threshold = self.threshold(
+                score_map, aligned.valid, observed.shape[2], differences, _contrast(expected, aligned.valid)
+            )
             cleaning = self.cleaning
 
         def p_value(part: FloatArray, inside: Mask) -> float:
@@ -149,6 +152,12 @@ class Comparison:
             motion=aligned.motion,
             verdict=aligned.verdict,
         )
+
+
+def _contrast(image: FloatArray, valid: Mask) -> float:
+    """From dark to bright in (H, W, C), a hundredth of the pixels left out at either end."""
+    low, high = np.percentile(image.mean(axis=2)[valid], (1, 99))
+    return float(high - low)
 
 
 def _is_grey(image: Pixels) -> bool:
