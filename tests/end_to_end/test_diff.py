@@ -96,8 +96,10 @@ def test_a_shifted_query_is_aligned_and_its_border_hatched(pair, tmp_path, run_c
     assert row["motion"] != "identity" and row["verdict"] == "improved"
     np.testing.assert_allclose(np.array(row["matrix"])[:2, 2], (4, -5), atol=0.2)
     assert row["valid_share"] < 1 and other["valid_share"] == 1
-    assert row["share"] < other["share"] / 2
-    score_map = np.array(Image.open(tmp_path / "aligned" / row["map"]))
+    score_map, unmoved = (
+        np.array(Image.open(tmp_path / place)) for place in (f"aligned/{row['map']}", f"as_it_lies/{other['map']}")
+    )
+    assert score_map.mean() < unmoved.mean() / 2
     assert (score_map[:4] == 0).all() and (score_map[:, -3:] == 0).all()
     overlay = np.array(Image.open(tmp_path / "aligned" / row["overlay"]))
     assert set(np.unique(overlay[:4])) == {110, 170}
@@ -186,9 +188,9 @@ def test_every_way_to_compare_finds_the_defect(pair, tmp_path, run_cli, words):
     result = run_cli(["diff", *pair[:2], f"mask={pair[2]}", "out=out", *words])
     assert result.code == 0, result.err
     (row,) = rows_of(tmp_path / "out")
-    assert row["roc_area"] > 0.75, words
-    (left, top, width, height), *_ = row["boxes"]
-    assert left < 75 and left + width > 60 and top < 42 and top + height > 30, "the highest region is the defect"
+    score_map, mask = (np.array(Image.open(tmp_path / "out" / row[name])) for name in ("map", "mask"))
+    around = (slice(26, 46), slice(56, 79))  # gradients and details show at a defect's edge
+    assert mask[around].any() and score_map[around].max() > np.quantile(score_map, 0.99)
 
 
 @pytest.mark.parametrize("bits", ["grey", "colour", "deep", "float"])
@@ -232,7 +234,7 @@ def test_another_size_without_a_motion_is_refused(pair, run_cli, save, tmp_path)
         (["missing.png", "query.png"], "The reference"),
         (["reference.png"], "The setting query is missing"),
         (["reference.png", "query.png", "mask.png"], "Expected settings as KEY=VALUE"),
-        (["reference.png", "query.png", "threshold.kind=atsu"], "did you mean otsu"),
+        (["reference.png", "query.png", "threshold.kind=atsu"], "did you mean 'otsu'"),
         (["reference.png", "query.png", "threshold.kind=noise", "residual=ssim"], "threshold.kind=otsu"),
         (["reference.png", "query.png", "preprocessing.chain=[blur]"], "Unknown filter 'blur'"),
         (["reference.png", "query.png", "tolerance=-1"], "tolerance"),

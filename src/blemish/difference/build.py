@@ -96,7 +96,7 @@ def read_card(path: Path, fingerprint: str) -> Calibration:
         raise CalibrationError(f"{file} is damaged: learn it again with learn=true.") from error
     if card.fingerprint != fingerprint:
         raise CalibrationError(
-            f"{file} was learned with other settings of image, alignment, preprocessing, tolerance, residual, strategy, "
-            "tiling or postprocessing (or another version), so its threshold says nothing here: learn it again."
+            f"{file} was learned with other settings of {', '.join(_SHAPING)} (or by another version): its threshold "
+            "says nothing here, so learn it again."
         )
     return card

@@ -22,6 +22,8 @@ from blemish.preprocess import Preprocess
 from blemish.tiling import TileScorer, Tiling, apply_tiled
 
 _LEAST_TILE = 64  # pixels; what the networks and the coarse scales of residuals need
+_LAG = 6  # pixels, from which on noise smoothed by low_pass is independent
+_STRUCTURE = 1.5  # times larger than the noise
 STEPS = ("align", "filter", "score", "decide")
 
 
@@ -54,7 +56,7 @@ class Difference:
     @property
     def share(self) -> float:
         """Of the pixels that can be compared, those in the mask."""
-        return float(np.count_nonzero(self.mask) / max(1, np.count_nonzero(self.valid)))
+        return int(np.count_nonzero(self.mask)) / max(1, int(np.count_nonzero(self.valid)))
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,8 @@ class Comparison:
             cleaning = Cleaning(max(self.cleaning.min_area, card.mask_rule.smallest_region))
         else:
             score = float(score_map.max())
-            differences = np.abs(observed - expected).mean(axis=2)
-            raw, threshold = self.threshold(
-                score_map, aligned.valid, observed.shape[2], differences, _contrast(expected, aligned.valid)
-            )
+            differences, contrast = _noise(observed - expected, aligned.valid), _contrast(expected, aligned.valid)
+            raw, threshold = self.threshold(score_map, aligned.valid, observed.shape[2], differences, contrast)
             cleaning = self.cleaning
 
         def p_value(part: FloatArray, inside: Mask) -> float:
@@ -152,6 +152,24 @@ class Comparison:
             motion=aligned.motion,
             verdict=aligned.verdict,
         )
+
+
+def _noise(difference: FloatArray, valid: Mask) -> FloatArray:
+    """Differences (N,) of pixels that tell the noise, the channels' mean; `difference` (H, W, C) is signed.
+
+    Where images of structure lie askew, most pixels differ, which no noise explains: neighbours differ alike then.
+    """
+    values: FloatArray = np.abs(difference).mean(axis=2)[valid]
+    apart = [
+        (np.abs(one - other).mean(axis=2) * np.float32(0.5**0.5))[both]
+        for one, other, both in (
+            (difference[_LAG:], difference[:-_LAG], valid[_LAG:] & valid[:-_LAG]),
+            (difference[:, _LAG:], difference[:, :-_LAG], valid[:, _LAG:] & valid[:, :-_LAG]),
+        )
+    ]
+    lagged = np.concatenate(apart)
+    is_structure = lagged.size and np.median(values) > _STRUCTURE * np.median(lagged)
+    return lagged if is_structure else values
 
 
 def _contrast(image: FloatArray, valid: Mask) -> float:

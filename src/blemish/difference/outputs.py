@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from blemish.difference.compare import Difference
 from blemish.difference.pairs import Pair
 from blemish.files import CARD_FILE, atomic
-from blemish.pictures import Picture, as_rgb, heat_map, hatched
+from blemish.pictures import Picture, as_rgb, hatched, heat_map
 from blemish.rows import UnfinishedRows
 
 TABLE, MADE_FILE = "differences", "diff.json"

@@ -30,17 +30,19 @@ class MapThreshold:
 
     Args:
         kind: noise, above what white Gaussian noise exceeds at a pixel with probability 1 - confidence, and above a
-            share `visible` of the reference's contrast; fixed, above `value`; otsu, li or triangle, from the map's histogram: these always find something; hysteresis, above
-            half of otsu's where connected (8 neighbours) with something above it.
+            share `visible` of the reference's contrast; fixed, above `value`; otsu, li or triangle, from the map's
+            histogram: these always find something; hysteresis, above half of otsu's where connected (8 neighbours)
+            with something above it.
         value: of the map, for fixed.
-        confidence: in (0, 1), for noise. visible: in [0, 1], for noise: what two good prints of one pattern differ by
-            at the edges grows with its contrast, and not with the noise.
+        confidence: in (0, 1), for noise.
+        visible: in [0, 1], for noise: what two good prints of a pattern differ by at its edges grows with its
+            contrast, and not with the noise.
         least: of all but fixed: a map that does not rise above this shows nothing. The default is above one grey
             level of 8 bits, which is what rounding alone can make of equal images.
 
     `noise` takes the noise's standard deviation from the median of the pixels' differences (see `blemish.noise`), so it
-    assumes residual=l1, a map that is no larger than these, and, in colour, independent noise of one strength in all three channels:
-    a grey picture saved in colour, whose channels are equal, is one channel. Where it does not hold:
+    assumes residual=l1, a map that is no larger than these, and, in colour, independent noise of one strength in all
+    three channels: a grey picture saved in colour, whose channels are equal, is one channel. Where it does not hold:
 
     - Between images of whole grey levels, scores are whole steps of 1 / 255, and the share of flagged pixels is that of
       noise above the threshold, give or take half a step: where the difference has a standard deviation of 5 grey
@@ -83,13 +85,13 @@ class MapThreshold:
 
         Args (for `noise`):
             channels: of the images that were compared, as the map is their mean.
-            differences: (H, W), the mean absolute difference of their channels; None if that is the map itself.
+            differences: (N,) differences of pixels, the channels' mean; None if the map is made of these.
             contrast: of the reference, in units of the map.
 
         Raises:
             ConfigError: `noise`, with neither 1 nor 3 channels.
         """
-        threshold = self.of(score_map[valid], channels, None if differences is None else differences[valid], contrast)
+        threshold = self.of(score_map[valid], channels, differences, contrast)
         mask = valid & (score_map > threshold)
         if self.kind == "hysteresis":
             mask = _connected(valid & (score_map > _single(max(threshold / 2, self.least))), mask)
