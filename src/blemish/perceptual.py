@@ -21,6 +21,7 @@ from blemish.errors import CheckpointError, ConfigError, nearest_names
 from blemish.residuals import Residual
 
 INSTALLED = "installed"
+LAYERS = 5
 
 
 class Architecture(NamedTuple):
@@ -142,20 +143,22 @@ class Backbone(Frozen):
         for part, values in (("shift", (0.485, 0.456, 0.406)), ("scale", (0.229, 0.224, 0.225))):
             self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 1 or 3, H, W), values around [0, 1] -> the activations of the five layers, (B, K, h, w) each, >= 0."""
+    def forward(self, x: Tensor, layers: int = LAYERS) -> list[Tensor]:
+        """(B, 1 or 3, H, W), values around [0, 1] -> activations of the first layers, (B, K, h, w) each, >= 0."""
         self._check(x)
         # One memory format, so that equal images have equal activations, bit for bit.
         x = ((x - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
-        layers = []
+        activations: list[Tensor] = []
         for number, kernel in enumerate(self.architecture.kernels):
             if number in self.architecture.pooled:
                 x = F.max_pool2d(x, self.architecture.pool, 2)
             stride, padding = (self.architecture.stride, self.architecture.padding) if number == 0 else (1, kernel // 2)
             x = F.conv2d(x, getattr(self, f"weight{number}"), getattr(self, f"bias{number}"), stride, padding).relu()
             if number in self.architecture.ends:
-                layers.append(x)
-        return layers
+                activations.append(x)
+            if len(activations) == layers:
+                break
+        return activations
 
     def _check(self, x: Tensor) -> None:
         smallest = self.architecture.smallest
@@ -197,16 +200,15 @@ class LPIPS(Residual):
         # One after the other: the images of a larger batch may be computed in another order.
         layers = zip(self.backbone(observed), self.backbone(expected), self.heads.buffers(), strict=True)
         for a, b, head in layers:
-            apart = F.conv2d((unit_length(a) - unit_length(b)).square(), head)
+            apart = F.conv2d((a / (length(a) + 1e-10) - b / (length(b) + 1e-10)).square(), head)
             total = total + F.interpolate(apart, total.shape[-2:], mode="bilinear", align_corners=False)
         return total
 
 
-def unit_length(activations: Tensor) -> Tensor:
-    """(B, K, h, w) scaled so that the K values at each place have a length of 1, or 0 where all are."""
+def length(activations: Tensor) -> Tensor:
+    """(B, K, h, w) -> the Euclidean length over channels, (B, 1, h, w), > 0."""
     # The bound keeps the square root's slope finite where all are 0.
-    length = activations.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt()
-    return activations / (length + 1e-10)
+    return activations.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt()
 
 
 def _package_file(package: str, *path: str) -> Path:
