@@ -8,7 +8,7 @@ from typing import Any
 
 from blemish.errors import BlemishError, ConfigError
 
-TRUSTED = ("blemish.models", "blemish.residuals", "blemish.scores", "torch.nn")
+TRUSTED = ("blemish.models", "blemish.residuals", "blemish.perceptual", "blemish.scores", "torch.nn")
 """Where a checkpoint may take classes from. Not all of blemish: a class to build is no licence to run a command."""
 
 

@@ -1,5 +1,6 @@
 """What the contracts share: the settings of `blemish train` as they would be used."""
 
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 
@@ -8,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from blemish.cli import config_folder
+from blemish.errors import ConfigError
 
 
 @cache
@@ -21,3 +23,19 @@ def composed(*overrides):
 def settings():
     """Compose `train` with some overrides, resolved to plain data that may be changed."""
     return lambda *overrides: deepcopy(composed(*overrides))
+
+
+@pytest.fixture(scope="session")
+def installed():
+    """A context that skips the test where an option needs a package which is not there."""
+
+    @contextmanager
+    def skipping():
+        try:
+            yield
+        except ConfigError as error:
+            if "pip install" in str(error):
+                pytest.skip(str(error))
+            raise
+
+    return skipping
