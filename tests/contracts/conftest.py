@@ -13,16 +13,17 @@ from blemish.errors import ConfigError
 
 
 @cache
-def composed(*overrides):
+def composed(verb, *overrides):
+    needed = {"train": ["data.root=."], "diff": ["reference=.", "query=."]}
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", ["data.root=.", *overrides])
+        config = compose(verb, [*needed[verb], *overrides])
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
 @pytest.fixture(scope="session")
 def settings():
-    """Compose `train` with some overrides, resolved to plain data that may be changed."""
-    return lambda *overrides: deepcopy(composed(*overrides))
+    """Compose `train`, or `diff`, with some overrides, resolved to plain data that may be changed."""
+    return lambda *overrides, verb="train": deepcopy(composed(verb, *overrides))
 
 
 @pytest.fixture(scope="session")
