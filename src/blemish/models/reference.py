@@ -96,6 +96,11 @@ class TemplateBank(nn.Module):
         self.register_buffer("spreads", torch.ones(templates, 1, size, size))
         self.register_buffer("fitted", torch.tensor(False))
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What each template stands for."""
+        return tuple(f"template {number}" for number in range(1, len(self.templates) + 1))
+
     def fit(self, batches: Iterable[Tensor]) -> None:
         """As `Fittable`; all tiles are held in memory, as 8-bit values.
 
@@ -153,7 +158,7 @@ class TemplateBank(nn.Module):
         return template, spread + np.float32(_FLOOR)
 
     def forward(self, x: Tensor) -> Output:
-        """(B, C, S, S) in [0, 1] -> observed and expected (B, C, S, S), where they can be compared, and the spread."""
+        """(B, C, S, S) in [0, 1] -> observed and expected (B, C, S, S), where they can be compared, spread, choice."""
         if x.shape[1:] != self.templates.shape[1:]:
             raise ConfigError(
                 f"The templates are of {_size(self.templates)} pixels, the tile of {_size(x)}: set image.size and "
@@ -164,18 +169,19 @@ class TemplateBank(nn.Module):
         known = _signatures(_to_numpy(self.templates))
         candidates = np.argsort(-(signatures @ known.T), axis=1, kind="stable")[:, : self.tries]
         found = [self._best(tile, numbers) for tile, numbers in zip(tiles, candidates, strict=True)]
-        observed, expected, valid, spread = (np.stack(parts) for parts in zip(*found, strict=True))
+        observed, expected, valid, spread, choice = (np.stack(parts) for parts in zip(*found, strict=True))
         return Output(
             torch.from_numpy(observed).permute(0, 3, 1, 2).to(x),
             torch.from_numpy(expected).permute(0, 3, 1, 2).to(x),
             valid=torch.from_numpy(valid)[:, None].to(x.device),
             spread=torch.from_numpy(spread)[:, None].to(x),
+            choice=torch.from_numpy(choice).to(x.device),
         )
 
     def _best(
         self, tile: FloatArray, numbers: npt.NDArray[np.int_]
-    ) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_], FloatArray]:
-        """Of some templates, aligned with a tile, the nearest: observed, expected, validity, spread."""
+    ) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_], FloatArray, np.int64]:
+        """Of some templates, aligned with a tile, the nearest: observed, expected, validity, spread, its number."""
         chosen: tuple[float, Aligned, int] | None = None
         for number in numbers:
             aligned = self.alignment(_to_numpy(self.templates[number : number + 1])[0], tile)
@@ -186,7 +192,8 @@ class TemplateBank(nn.Module):
         assert chosen is not None
         _, aligned, number = chosen
         spread, _ = warp(self.spreads[number, 0].cpu().numpy(), aligned.motion, tile.shape[:2])
-        return aligned.query, aligned.reference, aligned.valid, np.maximum(spread, np.float32(_FLOOR))
+        spread = np.maximum(spread, np.float32(_FLOOR))
+        return aligned.query, aligned.reference, aligned.valid, spread, np.int64(number)
 
 
 def _to_numpy(x: Tensor) -> FloatArray:

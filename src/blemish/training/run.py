@@ -27,7 +27,7 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric, synthetic_defects_figure, write_figure
 from blemish.files import write_json, write_text
-from blemish.models.contracts import Fittable
+from blemish.models.contracts import Fittable, classes_of
 from blemish.normalisation import NormalisationSettings
 from blemish.preprocess import Preprocess
 from blemish.scores.contracts import FittableScore, Score
@@ -150,6 +150,8 @@ class _Parts:
         model = build_model(settings)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
+        promise, _ = read_settings(settings["calibration"])
+        pipeline.check_classes_told(promise, classes_of(model), len(splits.of("calibration")))
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit = training.cache_gb * 2**30
 
@@ -285,7 +287,10 @@ def _go_on(
         source = [item.record.path for item in splits.of(parts.normalisation.source)]
         normalisation = pipeline.fit_normalisation(detector, source, parts.normalisation)
         detector = assemble(settings, model, normalisation, about=about, device=device, score=parts.score)
-    calibration = pipeline.calibrate(detector, splits.of("calibration"), *read_settings(settings["calibration"]))
+    promise, mask_rule = read_settings(settings["calibration"])
+    if promise.by_class:  # too few images of a class are found only by scoring them: the training is not to be lost
+        save_detector(run, settings, detector, None, about | trained)
+    calibration = pipeline.calibrate(detector, splits.of("calibration"), promise, mask_rule)
     about["status"] = "done"
     save_detector(run, settings, detector, calibration, about | trained)
     figure = None
