@@ -186,8 +186,8 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     replace_calibration(run, calibration)
     _print_calibration(calibration)
     thresholds = ", ".join(
-        f"{card.threshold:.6g}" if label is None else f"{label} {card.threshold:.6g}"
-        for label, card in calibration.parts.items()
+        f"{part.threshold:.6g}" if label is None else f"{label} {part.threshold:.6g}"
+        for label, part in calibration.parts.items()
     )
     print(f"threshold{'s' if calibration.classes else ''}: {thresholds}; card: {run / CARD_FILE}")
     return DONE
@@ -227,7 +227,7 @@ def _predict(config: Any, overrides: list[str]) -> int:
         print(f"at a false discovery rate of {config.fdr:g}: {summary.discoveries} anomalous (column fdr_decision)")
         # The smallest p-value is 1 / (n + 1); Benjamini and Hochberg call k of m images if p <= fdr k / m.
         usable = summary.images - len(summary.errors)
-        n = max(card.n for card in detector.card.parts.values())
+        n = max(part.n for part in detector.card.parts.values())
         least = math.ceil(usable / ((n + 1) * config.fdr))
         if summary.discoveries < least > 1:
             can = "none can" if least > usable else f"no fewer than {least} can"

@@ -93,9 +93,7 @@ def _read(shown: Shown) -> ScoredFile:
         return ScoredFile(shown.path, pixels, np.asarray(tiff, np.float32), None, 0.0, label=shown.label)
 
 
-def _thumbnails(
-    detector: Detector, scored: ScoredFile, pixels: Pixels, score_map: FloatArray
-) -> dict[str, bytes]:
+def _thumbnails(detector: Detector, scored: ScoredFile, pixels: Pixels, score_map: FloatArray) -> dict[str, bytes]:
     """The encoded pictures of one image."""
     pictures = {"observed": _webp(_shrink(as_rgb(pixels)))}
     if scored.expected is not None:
