@@ -304,7 +304,7 @@ class Calibration:
     @property
     def parts(self) -> Mapping[str | None, Calibration]:
         """The cards that decide, by class; only itself, under None, if it is not by class."""
-        return {**self.classes} or {None: self}
+        return dict(self.classes.items()) or {None: self}
 
     def of(self, label: str | None) -> Calibration:
         """The card that decides on images of a class: itself, if it is not by class.
@@ -314,7 +314,7 @@ class Calibration:
         """
         if not self.classes:
             return self
-        if label not in self.classes:
+        if label is None or label not in self.classes:
             found = "none" if label is None else f"'{label}'"
             raise CalibrationError(
                 f"The calibration is by class: expected one of its classes ({', '.join(self.classes)}), found {found}."
@@ -441,7 +441,8 @@ class Calibration:
         """
         try:
             promise, mask_rule = Promise(**card["promise"]), MaskRule.from_dict(card["mask_rule"])
-            scores, noise, classes = (), None, {}
+            scores: tuple[float, ...] = ()
+            noise, classes = None, {}
             if promise.by_class:
                 common = {**card, "promise": asdict(promise.within_class), "noise": None, "made": {}}
                 classes = {label: cls.from_dict(common | of_class) for label, of_class in card["classes"].items()}

@@ -40,7 +40,6 @@ from blemish.report.gallery import Shown, write_gallery
 from blemish.scoring import PIXELS_AHEAD, ScoredFile, score_files
 from blemish.streaming import map_ahead
 
-
 _EVALUATION = ("path", "kind", "class", "image_score", "p_value", "decision", "error")
 
 

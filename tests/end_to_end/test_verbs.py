@@ -20,7 +20,18 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 VERBS = ("train", "calibrate", "evaluate", "predict", "check", "compare", "report", "monitor")
 COLUMNS = [
-    *("path", "image_score", "p_value", "q_value", "decision", "fdr_decision", "regions", "boxes", "region_p_values"),
+    *(
+        "path",
+        "class",
+        "image_score",
+        "p_value",
+        "q_value",
+        "decision",
+        "fdr_decision",
+        "regions",
+        "boxes",
+        "region_p_values",
+    ),
     *("map", "heatmap", "mask", "seconds", "error"),
 ]
 ODD_NAMES = [
