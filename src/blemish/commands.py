@@ -77,10 +77,11 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
         run = Path(config.out) if config.out is not None else dated("runs")
         if run.exists() and (not run.is_dir() or any(item.name != LOG_FILE for item in run.iterdir())):
             raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
-        from blemish.training.run import fit_to_images, start
+        from blemish.training.run import fit_to_images, name_classes, start
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
         records = _read(_plain(config.data)).sound()
+        name_classes(config, records)
         if not any(word.startswith("image.short_side=") for word in overrides) and (
             config.image.size is not None or config.image.max_side is not None
         ):

@@ -207,3 +207,30 @@ def test_too_few_images_of_one_class_name_it_and_lose_no_training(root, tmp_path
     settled = run_cli(["calibrate", f"run={tmp_path / 'run'}", "calibration.alpha=0.1", "calibration.by_class=true"])
     assert settled.code == 0, settled.err
     assert "thresholds: template 1 " in settled.out
+
+
+# --- classes that the data name
+
+
+def test_named_classes_have_a_template_a_threshold_and_their_name(root, tmp_path, run_cli, save):
+    for kind, count in (("bar across", 40), ("bar down", 30)):
+        for number in range(count):
+            pixels = part("calm" if kind == "bar across" else "wild", 5000 + number)
+            save(tmp_path / f"data/{kind}/lot/{number:03}.png", pixels)
+    words = ["data=folder", f"data.root={tmp_path / 'data'}", "data.classes=folders", "model.classes=named", *BANK]
+    run = tmp_path / "run"
+    done = run_cli(["train", *words, "calibration.by_class=true", "calibration.alpha=0.2", f"out={run}"])
+    assert done.code == 0, done.err
+    assert list(read_json(run / "card.json")["classes"]) == ["bar across", "bar down"]
+    assert len(load_detector(run, device="cpu").scorer.model.templates) == 2
+    assert run_cli(["predict", f"run={run}", f"input={root / 'test/good'}", f"out={tmp_path / 'out'}"]).code == 0
+    found = {(Path(row["path"]).name[:4], row["class"]) for row in rows_of(tmp_path / "out/predictions.csv")}
+    assert found == {("calm", "bar across"), ("wild", "bar down")}
+
+
+def test_named_classes_of_data_that_name_none_are_one_sentence(root, tmp_path, run_cli):
+    words = ["train", "data=mvtec", f"data.root={root}", *BANK, "model.classes=named", f"out={tmp_path / 'run'}"]
+    refused = run_cli(words)
+    assert refused.code == 2
+    assert "expects a class for every defect-free image, found none for 100 of 100" in refused.sentences[0]
+    assert not (tmp_path / "run").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -73,8 +73,11 @@ class Fittable(Protocol):
 
     whole_image: bool
 
-    def fit(self, batches: Iterable[Tensor]) -> None:
-        """Tiles (B, C, H, W) in [0, 1], as the model will see them; may be gone through several times."""
+    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
+        """Tiles (B, C, H, W) in [0, 1], as the model will see them; may be gone through several times.
+
+        `labels`: the class of part of each tile, where the data name it.
+        """
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ def resume(run: Path, read: Any, report: Report | None = None) -> Finished:
 
 @dataclass(frozen=True)
 class _Parts:
-    """All that is built from settings and images before a run folder is made."""
+    """All that is built from settings and images before a run folder is made; `labels` are of the training images."""
 
     model: nn.Module
     objective: ReconstructionObjective
@@ -134,6 +134,7 @@ class _Parts:
     normalisation: NormalisationSettings
     tiling: Tiling
     tiles: TrainingTiles
+    labels: list[str | None]
     validation: ValidationTiles
 
     @classmethod
@@ -169,13 +170,14 @@ class _Parts:
                 f"image.size={preprocess.size or 'null'} and tiling.size={tiling.size}: set both to a number of "
                 "pixels, such as image.size=256 tiling.size=256."
             )
-        return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, validation)
+        labels = [item.record.label for item in splits.of("train")]
+        return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation)
 
     def learn(self) -> nn.Module:
         """What takes the place of training for a model without gradients."""
         assert isinstance(self.model, Fittable)
         normal = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
-        self.model.fit(list(self.shown(normal, "cpu")))
+        self.model.fit(list(self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
         return self.model
 
     def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
@@ -305,6 +307,28 @@ def _go_on(
         metrics = pipeline.evaluate(detector.calibrated(calibration), test, run, gallery=settings["report"]["images"])
     write_json(run / RUN_FILE, about)
     return Finished(calibration, metrics, figure)
+
+
+def name_classes(settings: Any, records: Iterable[Record]) -> None:
+    """Put the names of the classes that the data name into `model.classes`, where that is "named".
+
+    Args:
+        settings: the settings of `blemish train`.
+
+    Raises:
+        DataError: a defect-free image outside the test part has no class.
+    """
+    if "classes" not in settings.model or settings.model.classes != "named":
+        return
+    normal = [record for record in records if record.is_normal and record.split != "test"]
+    nameless = [record.path for record in normal if record.label is None]
+    if nameless:
+        raise DataError(
+            f"model.classes=named expects a class for every defect-free image, found none for {len(nameless)} of "
+            f"{len(normal)} (first: {nameless[0]}): fill in the column class of data=manifest, or set "
+            "data.classes=folders with data=folder."
+        )
+    settings.model.classes = sorted({str(record.label) for record in normal})
 
 
 def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
