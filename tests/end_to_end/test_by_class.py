@@ -161,6 +161,14 @@ def test_report_shows_each_threshold_and_moves_all_of_them(run):
     assert not strict["promised"] and f"999 needed, {fewest} available in the smallest class" in strict["words"]
 
 
+def test_compare_knows_whether_the_thresholds_are_those_of_the_figures(run, tmp_path, run_cli):
+    copy = Path(shutil.copytree(run, tmp_path / "runs/copy"))
+    for alpha, stale in (("0.1", False), ("0.2", True)):
+        assert run_cli(["calibrate", f"run={copy}", f"calibration.alpha={alpha}"]).code == 0
+        compared = run_cli(["compare", copy.parent])
+        assert compared.code == 0 and ("evaluate again" in compared.out) is stale
+
+
 def test_report_refuses_a_table_without_classes(run, tmp_path, run_cli):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     table = (copy / "evaluation.csv").read_text(encoding="utf-8")
