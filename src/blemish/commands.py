@@ -78,10 +78,11 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
         run = Path(config.out) if config.out is not None else dated("runs")
         if run.exists() and (not run.is_dir() or any(item.name != LOG_FILE for item in run.iterdir())):
             raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
-        from blemish.training.run import fit_to_images, start
+        from blemish.training.run import fit_to_images, name_classes, start
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
         records = _read(_plain(config.data)).sound()
+        name_classes(config, records)
         if not any(word.startswith("image.short_side=") for word in overrides) and (
             config.image.size is not None or config.image.max_side is not None
         ):
@@ -142,7 +143,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from blemish import pipeline
-    from blemish.calibration import read_settings
+    from blemish.calibration import Promise, read_settings
     from blemish.checkpoint import load_detector, read_checkpoint, replace_calibration
     from blemish.data.splits import SPLITS_FILE, read_part
     from blemish.files import CARD_FILE
@@ -164,8 +165,9 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
                 f"or add calibration.mask_rule={rule_name}."
             )
     own = OmegaConf.is_missing(config.data, "root")
-    # Scores of another mask rule come from the images; another alpha or rank needs the scores only.
+    # Scores of another mask rule, and classes, come from the images; another alpha or rank needs the scores only.
     rescore = not own or not card or mask_rule.to_dict() != card["mask_rule"]
+    rescore = rescore or promise.by_class != Promise(**card["promise"]).by_class
     detector = load_detector(run, config.device, config.trusted, with_card=not rescore)
     if not rescore:
         calibration = detector.card.with_promise(promise)
@@ -174,8 +176,8 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
             records = read_part(run / SPLITS_FILE, "calibration")
             if card and card["made"]["calibrated_on"] != pipeline.digests_of(records):
                 raise ConfigError(
-                    f"{run} was calibrated on other images than those set aside in its training: another mask rule "
-                    "needs these images again; give them by data.root=DIR."
+                    f"{run} was calibrated on other images than those set aside in its training: another mask rule or "
+                    "by_class needs these images again; give them by data.root=DIR."
                 )
         else:
             about = content["about"]
@@ -185,7 +187,11 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
         calibration = pipeline.calibrate(detector, records, promise, mask_rule)
     replace_calibration(run, calibration)
     _print_calibration(calibration)
-    print(f"threshold: {calibration.threshold:.6g}; card: {run / CARD_FILE}")
+    thresholds = ", ".join(
+        f"{part.threshold:.6g}" if label is None else f"{label} {part.threshold:.6g}"
+        for label, part in calibration.parts.items()
+    )
+    print(f"threshold{'s' if calibration.classes else ''}: {thresholds}; card: {run / CARD_FILE}")
     return DONE
 
 
@@ -223,11 +229,12 @@ def _predict(config: Any, overrides: list[str]) -> int:
         print(f"at a false discovery rate of {config.fdr:g}: {summary.discoveries} anomalous (column fdr_decision)")
         # The smallest p-value is 1 / (n + 1); Benjamini and Hochberg call k of m images if p <= fdr k / m.
         usable = summary.images - len(summary.errors)
-        least = math.ceil(usable / ((detector.card.n + 1) * config.fdr))
+        n = max(part.n for part in detector.card.parts.values())
+        least = math.ceil(usable / ((n + 1) * config.fdr))
         if summary.discoveries < least > 1:
             can = "none can" if least > usable else f"no fewer than {least} can"
             print(
-                f"(with {detector.card.n} calibration scores, {can} be called anomalous among {usable} images at this "
+                f"(with {n} calibration scores, {can} be called anomalous among {usable} images at this "
                 "rate: add calibration images, or predict fewer at once)"
             )
     code = _print_unusable(summary.errors)

@@ -23,6 +23,7 @@ from blemish.pictures import heat_map
 
 COLUMNS = (
     "path",
+    "class",
     "image_score",
     "p_value",
     "q_value",
@@ -72,7 +73,7 @@ class PredictionFiles:
     """
 
     def __init__(self, out: Path, made: Mapping[str, Any], card: Calibration, overwrite: bool) -> None:
-        self._out, self._threshold = out, card.threshold
+        self._out = out
         self._note = json.dumps({key: made[key] for key in ("software", "version", "fingerprint")})
         self._part = out / ".predictions.jsonl.part"
         self._made = out / "predict.json"
@@ -113,7 +114,7 @@ class PredictionFiles:
         places: dict[str, str] = {}
         if prediction is not None and scored.pixels is not None:
             places = {name: f"{name}s/{stem.as_posix()}{suffix}" for name, suffix in _PICTURES}
-            picture = heat_map(prediction.score_map, self._threshold, scored.pixels, prediction.mask)
+            picture = heat_map(prediction.score_map, prediction.threshold, scored.pixels, prediction.mask)
             with atomic(self._out / places["map"]) as path:
                 tags = TiffImagePlugin.ImageFileDirectory_v2()
                 tags[_IMAGE_DESCRIPTION] = self._note
@@ -181,6 +182,7 @@ def _row(scored: Scored) -> dict[str, Any]:
     }
     if scored.prediction is not None:
         row |= {
+            "class": scored.prediction.label,
             "image_score": scored.prediction.image_score,
             "p_value": scored.prediction.p_value,
             "decision": "anomalous" if scored.prediction.is_anomalous else "normal",

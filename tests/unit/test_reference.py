@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from blemish.errors import ConfigError
-from blemish.models.contracts import Fittable
+from blemish.models.contracts import Fittable, classes_of
 from blemish.models.reference import ReferencePair, TemplateBank
 from blemish.residuals import L1
+from blemish.scores.engine import TorchScorer
 from blemish.scores.residual import ResidualScore
 
 
@@ -75,11 +76,11 @@ def test_nothing_is_scored_where_nothing_can_be_compared():
 # --- templates
 
 
-def fitted(templates, tiles, **arguments):
+def fitted(templates, tiles, labels=(), **arguments):
     torch.manual_seed(0)
     model = TemplateBank(1, 64, templates, **arguments)
     assert isinstance(model, Fittable)
-    model.fit(tiles.split(5))
+    model.fit(tiles.split(5), labels)
     return model.eval()
 
 
@@ -159,3 +160,48 @@ def test_another_size_is_one_sentence():
 def test_no_tile_is_one_sentence():
     with pytest.raises(ConfigError, match="learns from normal tiles, found none"):
         TemplateBank(1, 64).fit([])
+
+
+# --- classes
+
+
+def test_the_choice_is_the_template_that_fits_best():
+    model = fitted(2, as_tiles(normals(1, 6) + normals(2, 6)), alignment={"motion": "none"})
+    assert classes_of(model) == ("template 1", "template 2") and classes_of(ReferencePair()) == ()
+    queries = as_tiles([picture(1), picture(2), picture(1)])
+    choice = model(queries).choice
+    assert choice.dtype == torch.int64 and choice[0] == choice[2] != choice[1]
+    for query, number in zip(queries, choice, strict=True):
+        distances = [float((query[0] - template[0]).abs().mean()) for template in model.templates]
+        assert int(np.argmin(distances)) == number
+
+
+def test_a_named_class_has_one_template_of_its_own_tiles():
+    # Two pictures that would be sorted apart are of one class; the other class is rare.
+    tiles = as_tiles([*normals(1, 5, most=0.0), *normals(2, 4, most=0.0), *normals(3, 2, most=0.0)])
+    labels = ["left"] * 5 + ["left"] * 4 + ["right"] * 2
+    model = fitted(7, tiles, labels, classes=["left", "right"], alignment={"motion": "none"})
+    assert classes_of(model) == ("left", "right") and len(model.templates) == 2
+    own = torch.from_numpy(picture(3))
+    assert (model.templates[1, 0] - own).abs().mean() < 0.03 < (model.templates[0, 0] - own).abs().mean()
+    assert model(as_tiles([picture(1), picture(3)])).choice.tolist() == [0, 1]
+
+
+def test_the_scorer_tells_the_class_in_the_pass_that_scores():
+    model = fitted(1, as_tiles([*normals(1, 3), *normals(2, 3)]), ["b"] * 3 + ["a"] * 3, classes=["a", "b"])
+    scorer, tiles, calls = TorchScorer(model, ResidualScore(L1())), as_tiles([picture(1), picture(2)]).numpy(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    explained, labels = scorer.classify(tiles)
+    assert scorer.classes == ("a", "b") and labels == ["b", "a"] and len(calls) == 1
+    np.testing.assert_array_equal(explained[:, 0], scorer(tiles))
+
+
+def test_a_class_without_a_tile_is_one_sentence():
+    with pytest.raises(ConfigError, match="training images of the class 'right', found none"):
+        fitted(1, as_tiles([picture(0)] * 2), ["left"] * 2, classes=["left", "right"])
+
+
+@pytest.mark.parametrize("classes", ["named", [], ["left", "left"]])
+def test_classes_are_different_names(classes):
+    with pytest.raises(ConfigError, match=r"model\.classes to be a list of different names"):
+        TemplateBank(1, 64, classes=classes)

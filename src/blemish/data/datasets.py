@@ -118,6 +118,11 @@ class ValidationTiles(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def sources(self) -> list[int]:
+        """The number of the image that each tile is of."""
+        return [image for image, _, _ in self._places]
+
     def __getitem__(self, index: int) -> Tensor:
         return self.__getitems__([index])
 

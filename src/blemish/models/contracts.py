@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Gaussian(NamedTuple):
@@ -51,6 +51,7 @@ class Output(NamedTuple):
     repaired: (B, 1, h, w) logits of the model's own belief that it repaired a pixel, for models that have one.
     valid: (B, 1, h, w) bool, False where there is nothing to compare with; None if there is something everywhere.
     spread: (B, 1, h, w) > 0, how much normal tiles differ from what is expected at each place, for models that know.
+    choice: (B,) int64, which of the model's `classes` (see `classes_of`) each tile is most like, for models that tell.
     """
 
     observed: Tensor
@@ -60,6 +61,7 @@ class Output(NamedTuple):
     repaired: Tensor | None = None
     valid: Tensor | None = None
     spread: Tensor | None = None
+    choice: Tensor | None = None
 
 
 @runtime_checkable
@@ -71,5 +73,16 @@ class Fittable(Protocol):
 
     whole_image: bool
 
-    def fit(self, batches: Iterable[Tensor]) -> None:
-        """Tiles (B, C, H, W) in [0, 1], as the model will see them; may be gone through several times."""
+    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
+        """Tiles (B, C, H, W) in [0, 1], as the model will see them; may be gone through several times.
+
+        `labels`: the class of part of each tile, where the data name it.
+        """
+
+
+def classes_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classes of parts that a model tells apart by `Output.choice`; none, for most.
+
+    Such a model compares whole images, so that an image is of one class.
+    """
+    return tuple(getattr(model, "classes", ()))

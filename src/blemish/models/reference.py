@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -63,8 +63,8 @@ class ReferencePair(nn.Module):
 class TemplateBank(nn.Module):
     """Expects the template that fits a tile best, aligned with it; one template is the golden template.
 
-    `fit` sorts normal tiles by likeness (k-means on shrunken, standardised tiles), aligns those of a kind with each
-    other, and keeps, pixel by pixel, what they have in common and how much they differ.
+    `fit` sorts normal tiles by likeness (k-means on shrunken, standardised tiles) or by their named class, aligns those
+    of a kind with each other, and keeps, pixel by pixel, what they have in common and how much they differ.
 
     Args:
         channels: 1 or 3. size: side of a tile, which is a whole image.
@@ -73,6 +73,7 @@ class TemplateBank(nn.Module):
         alignment: settings of `blemish.alignment.Alignment`.
         tries: so many of the templates that look most alike are aligned with a tile; the best one is taken.
         seed: of the sorting.
+        classes: names of classes, each of which has one template, instead of `templates` kinds.
 
     Raises:
         ConfigError: an argument is out of range, or (in `forward`) the tile has another size, or nothing was learned.
@@ -92,8 +93,17 @@ class TemplateBank(nn.Module):
         alignment: Mapping[str, Any] | None = None,
         tries: int = 2,
         seed: int = 0,
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if classes is not None:
+            if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
+                raise ConfigError(
+                    f"Expected model.classes to be a list of different names, found {classes}: `blemish train` fills "
+                    "it in with model.classes=named."
+                )
+            templates = len(classes)
+        self._names = list(classes or ())
         for name, value in (("size", size), ("templates", templates), ("tries", tries)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"Expected model.{name} to be a positive whole number, found {value}.")
@@ -108,17 +118,22 @@ class TemplateBank(nn.Module):
         self.register_buffer("spreads", torch.ones(templates, 1, size, size))
         self.register_buffer("fitted", torch.tensor(False))
 
-    def fit(self, batches: Iterable[Tensor]) -> None:
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What each template stands for."""
+        return tuple(self._names or (f"template {number}" for number in range(1, len(self.templates) + 1)))
+
+    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
         """As `Fittable`; all tiles are held in memory, as 8-bit values.
 
         Raises:
-            ConfigError: there is no tile.
+            ConfigError: there is no tile, or none of a named class.
         """
         tiles = [np.rint(_to_numpy(batch) * 255).astype(np.uint8) for batch in batches]
         if not tiles:
             raise ConfigError(f"{type(self).__name__} learns from normal tiles, found none.")
         known = np.concatenate(tiles)
-        kinds, middles = self._sort(_signatures(known))
+        kinds, middles = self._sort(_signatures(known), labels)
         for number in range(len(self.templates)):
             members = known[kinds == kinds[middles[number]]]
             template, spread = self._common(members, _unit(known[middles[number]]), number)
@@ -126,11 +141,17 @@ class TemplateBank(nn.Module):
             self.spreads[number, 0] = torch.from_numpy(spread)
         self.fitted.fill_(True)
 
-    def _sort(self, signatures: FloatArray) -> tuple[npt.NDArray[np.int_], list[int]]:
+    def _sort(self, signatures: FloatArray, labels: Sequence[str | None]) -> tuple[npt.NDArray[np.int_], list[int]]:
         """The kind of each tile, and for each template the number of the tile in the middle of its kind."""
         wanted = len(self.templates)
         different = len(np.unique(signatures, axis=0))
-        if wanted == 1 or different == 1:
+        if self._names:
+            missing = [name for name in self._names if name not in labels]
+            if missing:
+                raise ConfigError(f"Expected training images of the class '{missing[0]}', found none: add some.")
+            kinds = np.array([self._names.index(str(label)) for label in labels])
+            centres = np.stack([signatures[kinds == kind].mean(axis=0) for kind in range(wanted)])
+        elif wanted == 1 or different == 1:
             centres, kinds = signatures.mean(axis=0, keepdims=True), np.zeros(len(signatures), int)
         else:
             centres, kinds = kmeans2(
@@ -165,7 +186,7 @@ class TemplateBank(nn.Module):
         return template, spread + np.float32(_FLOOR)
 
     def forward(self, x: Tensor) -> Output:
-        """(B, C, S, S) in [0, 1] -> observed and expected (B, C, S, S), where they can be compared, and the spread."""
+        """(B, C, S, S) in [0, 1] -> observed and expected (B, C, S, S), where they can be compared, spread, choice."""
         if x.shape[1:] != self.templates.shape[1:]:
             raise ConfigError(
                 f"The templates are of {_size(self.templates)} pixels, the tile of {_size(x)}: set image.size and "
@@ -176,18 +197,19 @@ class TemplateBank(nn.Module):
         known = _signatures(_to_numpy(self.templates))
         candidates = np.argsort(-(signatures @ known.T), axis=1, kind="stable")[:, : self.tries]
         found = [self._best(tile, numbers) for tile, numbers in zip(tiles, candidates, strict=True)]
-        observed, expected, valid, spread = (np.stack(parts) for parts in zip(*found, strict=True))
+        observed, expected, valid, spread, choice = (np.stack(parts) for parts in zip(*found, strict=True))
         return Output(
             torch.from_numpy(observed).permute(0, 3, 1, 2).to(x),
             torch.from_numpy(expected).permute(0, 3, 1, 2).to(x),
             valid=torch.from_numpy(valid)[:, None].to(x.device),
             spread=torch.from_numpy(spread)[:, None].to(x),
+            choice=torch.from_numpy(choice).to(x.device),
         )
 
     def _best(
         self, tile: FloatArray, numbers: npt.NDArray[np.int_]
-    ) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_], FloatArray]:
-        """Of some templates, aligned with a tile, the nearest: observed, expected, validity, spread."""
+    ) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_], FloatArray, np.int64]:
+        """Of some templates, aligned with a tile, the nearest: observed, expected, validity, spread, its number."""
         chosen: tuple[float, Aligned, int] | None = None
         for number in numbers:
             aligned = self.alignment(_to_numpy(self.templates[number : number + 1])[0], tile)
@@ -198,7 +220,8 @@ class TemplateBank(nn.Module):
         assert chosen is not None
         _, aligned, number = chosen
         spread, _ = warp(self.spreads[number, 0].cpu().numpy(), aligned.motion, tile.shape[:2])
-        return aligned.query, aligned.reference, aligned.valid, np.maximum(spread, np.float32(_FLOOR))
+        spread = np.maximum(spread, np.float32(_FLOOR))
+        return aligned.query, aligned.reference, aligned.valid, spread, np.int64(number)
 
 
 def _to_numpy(x: Tensor) -> FloatArray:

@@ -27,7 +27,7 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric, synthetic_defects_figure, write_figure
 from blemish.files import write_json, write_text
-from blemish.models.contracts import Fittable
+from blemish.models.contracts import Fittable, classes_of
 from blemish.normalisation import NormalisationSettings
 from blemish.preprocess import Preprocess
 from blemish.scores.contracts import FittableScore, Score
@@ -124,7 +124,7 @@ def resume(run: Path, read: Any, report: Report | None = None) -> Finished:
 
 @dataclass(frozen=True)
 class _Parts:
-    """All that is built from settings and images before a run folder is made."""
+    """All that is built from settings and images before a run folder is made; `labels` are of the training images."""
 
     model: nn.Module
     objective: ReconstructionObjective
@@ -134,6 +134,7 @@ class _Parts:
     normalisation: NormalisationSettings
     tiling: Tiling
     tiles: TrainingTiles
+    labels: list[str | None]
     validation: ValidationTiles
 
     @classmethod
@@ -150,6 +151,8 @@ class _Parts:
         model = build_model(settings)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
+        promise, _ = read_settings(settings["calibration"])
+        pipeline.check_classes_told(promise, classes_of(model), len(splits.of("calibration")))
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit = training.cache_gb * 2**30
 
@@ -167,13 +170,14 @@ class _Parts:
                 f"image.size={preprocess.size or 'null'} and tiling.size={tiling.size}: set both to a number of "
                 "pixels, such as image.size=256 tiling.size=256."
             )
-        return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, validation)
+        labels = [item.record.label for item in splits.of("train")]
+        return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation)
 
     def learn(self) -> nn.Module:
         """What takes the place of training for a model without gradients."""
         assert isinstance(self.model, Fittable)
         normal = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
-        self.model.fit(list(self.shown(normal, "cpu")))
+        self.model.fit(list(self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
         return self.model
 
     def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
@@ -285,7 +289,10 @@ def _go_on(
         source = [item.record.path for item in splits.of(parts.normalisation.source)]
         normalisation = pipeline.fit_normalisation(detector, source, parts.normalisation)
         detector = assemble(settings, model, normalisation, about=about, device=device, score=parts.score)
-    calibration = pipeline.calibrate(detector, splits.of("calibration"), *read_settings(settings["calibration"]))
+    promise, mask_rule = read_settings(settings["calibration"])
+    if promise.by_class:  # too few images of a class are found only by scoring them: the training is not to be lost
+        save_detector(run, settings, detector, None, about | trained)
+    calibration = pipeline.calibrate(detector, splits.of("calibration"), promise, mask_rule)
     about["status"] = "done"
     save_detector(run, settings, detector, calibration, about | trained)
     figure = None
@@ -300,6 +307,28 @@ def _go_on(
         metrics = pipeline.evaluate(detector.calibrated(calibration), test, run, gallery=settings["report"]["images"])
     write_json(run / RUN_FILE, about)
     return Finished(calibration, metrics, figure)
+
+
+def name_classes(settings: Any, records: Iterable[Record]) -> None:
+    """Put the names of the classes that the data name into `model.classes`, where that is "named".
+
+    Args:
+        settings: the settings of `blemish train`.
+
+    Raises:
+        DataError: a defect-free image outside the test part has no class.
+    """
+    if "classes" not in settings.model or settings.model.classes != "named":
+        return
+    normal = [record for record in records if record.is_normal and record.split != "test"]
+    nameless = [record.path for record in normal if record.label is None]
+    if nameless:
+        raise DataError(
+            f"model.classes=named expects a class for every defect-free image, found none for {len(nameless)} of "
+            f"{len(normal)} (first: {nameless[0]}): fill in the column class of data=manifest, or set "
+            "data.classes=folders with data=folder."
+        )
+    settings.model.classes = sorted({str(record.label) for record in normal})
 
 
 def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
