@@ -278,9 +278,11 @@ def _monitor(config: Any, overrides: list[str]) -> int:
 def _diff(config: Any, overrides: list[str]) -> int:
     from blemish.calibration import read_settings
     from blemish.difference.build import build_comparison, made_by, read_card
+    from blemish.difference.outputs import MADE_FILE
     from blemish.difference.pairs import find_pairs
     from blemish.difference.run import diff, in_words, learn
     from blemish.files import CARD_FILE, write_json
+    from blemish.rows import check_own
 
     example = "diff REFERENCE QUERY out=OUT"
     reference, query = (
@@ -295,6 +297,7 @@ def _diff(config: Any, overrides: list[str]) -> int:
     if settings["learn"]:
         if settings["card"] is not None:
             raise ConfigError("learn=true makes a card, card= uses one: leave one of them out.")
+        check_own(out, MADE_FILE, "a card of differences")
         if (out / CARD_FILE).exists() and not settings["overwrite"]:
             raise ConfigError(f"{out} has a {CARD_FILE} already: choose another out=, or set overwrite=true.")
         promise, mask_rule = read_settings(settings["calibration"])

@@ -326,7 +326,7 @@ def predict(
         raise BlemishError(f"All images of the input lie in {out}, where the results would go: choose another out=.")
     stems = dict(zip([path for path, _ in pairs], unique_stems([name for _, name in pairs]), strict=True))
     files = PredictionFiles(out, made_by(detector) | {"fdr": fdr}, detector.card, overwrite)
-    before = files.done()
+    before = files.rows.done()
     done = {row["path"] for row in before}
     if done - {str(path) for path in stems}:
         raise BlemishError(
@@ -348,7 +348,7 @@ def predict(
     anomalous = sum(row["decision"] == "anomalous" for row in before)
     errors = [row["error"] for row in before if row["error"]]
     ranked = [(-row["image_score"], row["path"], row) for row in before if not row["error"]]
-    rows = files.append(map_ahead(write, scored(), area, PIXELS_AHEAD, workers=2))
+    rows = files.rows.append(map_ahead(write, scored(), area, PIXELS_AHEAD, workers=2))
     for row in tqdm(rows, "predicting", len(pairs), initial=len(pairs) - len(todo), unit="image", disable=not progress):
         anomalous += row["decision"] == "anomalous"
         if row["error"]:

@@ -264,3 +264,11 @@ def test_a_query_without_a_reference(folders, run_cli):
     (folders / "references/lot/04.png").unlink()
     result = run_cli(["diff", "references", "queries", "out=out"])
     assert result.code == 2 and "1 of 12 queries have no reference" in result.sentences[0]
+
+
+def test_a_run_is_not_written_over(pair, run_copy, run_cli):
+    card = (run_copy / "card.json").read_text()
+    for words in ([], ["learn=true", "overwrite=true"]):
+        result = run_cli(["diff", *pair[:2], f"out={run_copy}", *words])
+        assert result.code == 2 and "holds a run (run.json)" in result.sentences[0]
+    assert (run_copy / "card.json").read_text() == card

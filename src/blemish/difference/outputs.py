@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
-from PIL.PngImagePlugin import PngInfo
 
 from blemish.difference.compare import Difference
 from blemish.difference.pairs import Pair
-from blemish.files import CARD_FILE, atomic
+from blemish.files import CARD_FILE
+from blemish.outputs import note_of, save_map, save_png
 from blemish.pictures import Picture, as_rgb, hatched, heat_map
 from blemish.rows import UnfinishedRows
 
@@ -41,7 +38,6 @@ COLUMNS = (
     *("seconds", "seconds_by_step", "error"),
 )
 _GAP = 8  # pixels between pictures side by side
-_IMAGE_DESCRIPTION = 270  # the TIFF tag
 
 
 class DifferenceFiles:
@@ -53,45 +49,23 @@ class DifferenceFiles:
 
     def __init__(self, out: Path, made: Mapping[str, Any], overwrite: bool) -> None:
         self._out = out
-        self._note = json.dumps({key: made[key] for key in ("software", "version", "fingerprint")})
-        owned = (f"{TABLE}.csv", CARD_FILE, *(folder_of(name) for name in PICTURES))
+        self._note = note_of(made)
+        owned = (CARD_FILE, *(folder_of(name) for name in PICTURES))
         same = ("fingerprint", "calibration")
         self.rows = UnfinishedRows(out, TABLE, MADE_FILE, made, same, owned, overwrite, "differences")
 
     def write_images(self, pair: Pair, found: Difference) -> dict[str, str]:
         """Write the four pictures of a pair; where they are, below the folder."""
         places = {name: f"{folder_of(name)}/{pair.name.as_posix()}{suffix}" for name, suffix in PICTURES.items()}
-        with atomic(self._out / places["map"]) as path:
-            tags = TiffImagePlugin.ImageFileDirectory_v2()
-            tags[_IMAGE_DESCRIPTION] = self._note
-            Image.fromarray(found.score_map).save(path, "TIFF", tiffinfo=tags)
-        pictures = {
-            "mask": np.asarray(found.mask, np.uint8) * 255,
-            "overlay": overlay(found),
-            "side_by_side": side_by_side(found),
-        }
-        info = PngInfo()
-        info.add_text("Software", self._note)
-        for name, picture in pictures.items():
-            with atomic(self._out / places[name]) as path:
-                Image.fromarray(picture).save(path, "PNG", compress_level=1, pnginfo=info)
+        save_map(self._out / places["map"], found.score_map, self._note)
+        save_png(self._out / places["mask"], found.mask.astype(np.uint8) * 255, self._note)
+        save_png(self._out / places["overlay"], overlay(found), self._note)
+        save_png(self._out / places["side_by_side"], side_by_side(found), self._note)
         return places
 
     def finish(self) -> None:
         """Turn the rows into differences.csv and differences.jsonl."""
-        with (
-            atomic(self._out / f"{TABLE}.jsonl") as lines_path,  # appears last: it says that all is done
-            atomic(self._out / f"{TABLE}.csv") as table_path,
-            table_path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table,
-            lines_path.open("w", encoding="utf-8") as lines,
-        ):
-            writer = csv.DictWriter(table, COLUMNS)
-            writer.writeheader()
-            for row in self.rows.done():
-                lines.write(json.dumps(row, allow_nan=False) + "\n")
-                nested = {key: json.dumps(value) for key, value in row.items() if isinstance(value, (list, dict))}
-                writer.writerow(row | nested)
-        self.rows.remove()
+        self.rows.finish(COLUMNS)
 
 
 def folder_of(picture: str) -> str:
