@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from blemish import __version__, pipeline
-from blemish.build import build, build_section
+from blemish.build import build, build_section, locate
 from blemish.calibration import Calibration, read_settings
 from blemish.checkpoint import PARTS, assemble, build_model, pick_device, save_detector
 from blemish.data.corruption import Corruption
@@ -332,10 +332,11 @@ def name_classes(settings: Any, records: Iterable[Record]) -> None:
 
 
 def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
-    """Fill in what is null and depends on the images: `image.channels` and `tiling.size`.
+    """Fill in what is null and depends on the images: `image.channels`, `tiling.size`, for some models `image.size`.
 
     Tiles are as large as the smallest image (after preprocessing) allows in steps of 32 pixels, at most 192 or what
-    `image.short_side` or `image.size` says. Unreadable images are left for the decoder to report.
+    `image.short_side` or `image.size` says. For a model that compares whole images, each is made a square of that size.
+    Unreadable images are left for the decoder to report.
 
     Args:
         settings: the settings of `blemish train`.
@@ -365,3 +366,6 @@ def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
         most = preprocess.size or preprocess.short_side or _LARGEST_TILE
         smallest = min((min(preprocess.scored_size(*side)) for side in sides), default=most)
         settings.tiling.size = max(_TILE_STEP, min(smallest, most) // _TILE_STEP * _TILE_STEP)
+        if getattr(locate(settings.model._target_, None, "model"), "whole_image", False):
+            settings.tiling.size = settings.image.size or settings.tiling.size
+            settings.image.size, settings.image.short_side = settings.tiling.size, None
