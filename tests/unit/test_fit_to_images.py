@@ -15,7 +15,7 @@ from blemish.training.run import fit_to_images
 COLOUR = (40, 40, 3)
 
 
-def settings(channels=None, tile=None, model="blemish.models.autoencoder.ConvAE", **image):
+def settings(channels=None, tile=None, model="blemish.models.autoencoder.ConvAutoencoder", **image):
     image = {"channels": channels, "size": None, "short_side": None, "max_side": None} | image
     return OmegaConf.create({"model": {"_target_": model}, "image": image, "tiling": {"size": tile, "overlap": 0.25}})
 
