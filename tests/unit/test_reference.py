@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from blemish.errors import ConfigError
 from blemish.models.contracts import Fittable, classes_of
@@ -62,6 +63,14 @@ def test_a_pair_is_query_reference_and_validity(channels):
 def test_a_pair_of_other_channels_is_one_sentence():
     with pytest.raises(ConfigError, match=r"odd number of channels, found 6"):
         ReferencePair()(torch.rand(1, 6, 8, 8))
+
+
+def test_an_edge_may_be_off_by_the_tolerance():
+    query, reference = torch.rand(2, 2, 1, 9, 11)
+    output = ReferencePair(tolerance=2)(torch.cat([query, reference, torch.ones(2, 1, 9, 11)], 1))
+    brightest = F.max_pool2d(reference, 5, 1, 2)
+    darkest = -F.max_pool2d(-reference, 5, 1, 2)
+    assert torch.equal(output.expected, torch.minimum(torch.maximum(query, darkest), brightest))
 
 
 def test_nothing_is_scored_where_nothing_can_be_compared():

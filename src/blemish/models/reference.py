@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import cv2
@@ -53,8 +54,7 @@ class ReferencePair(nn.Module):
             )
         query, expected, valid = x[:, :channels], x[:, channels:-1].detach(), x[:, -1:].detach()
         if self.tolerance:
-            window = (2 * self.tolerance + 1, 1, self.tolerance)
-            darkest, brightest = -F.max_pool2d(-expected, *window), F.max_pool2d(expected, *window)
+            darkest, brightest = (_within(expected, self.tolerance, pick) for pick in (torch.minimum, torch.maximum))
             expected = torch.minimum(torch.maximum(query.detach(), darkest), brightest)
         # What is expected is detached: a gradient with respect to the pair is one with respect to the query.
         return Output(query, expected, valid=valid > 0.5)
@@ -222,6 +222,15 @@ class TemplateBank(nn.Module):
         spread, _ = warp(self.spreads[number, 0].cpu().numpy(), aligned.motion, tile.shape[:2])
         spread = np.maximum(spread, np.float32(_FLOOR))
         return aligned.query, aligned.reference, aligned.valid, spread, np.int64(number)
+
+
+def _within(x: Tensor, radius: int, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The extremum that `pick` finds in a square around each pixel of (B, C, H, W); pooling is 10 times slower."""
+    x = F.pad(x, (radius, radius, radius, radius), mode="replicate")
+    for axis in (2, 3):
+        size = x.shape[axis] - 2 * radius
+        x = reduce(pick, (x.narrow(axis, start, size) for start in range(2 * radius + 1)))
+    return x
 
 
 def _to_numpy(x: Tensor) -> FloatArray:
