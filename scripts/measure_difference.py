@@ -348,7 +348,7 @@ Time on one core, every pair undisturbed, with alignment:
 
 {time_table(every)}
 
-Noise alone: {NOISE_PAIRS} pairs of {size} pixels that differ by Gaussian noise, but for one pixel in 1000, which differs
+Noise alone: {NOISE_PAIRS} pairs of {size} pixels that differ by Gaussian noise, but for one pixel in 1000 that differs
 by 6 standard deviations of the difference and by its own noise. The bounds hold for a pair with probability {BAND:g},
 the error of the estimated sigma included. Settings: {" ".join(NOISE_SETTINGS)}.
 
