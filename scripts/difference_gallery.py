@@ -35,7 +35,7 @@ from blemish.errors import BlemishError, ConfigError
 from blemish.files import write_text
 from blemish.pictures import Picture, as_rgb, hatched, heat_map
 
-SIDE = 480  # of a picture on the page, in pixels
+SIDE = 400  # of a picture on the page, in pixels
 
 
 @dataclass(frozen=True)

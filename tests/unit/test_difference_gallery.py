@@ -107,7 +107,10 @@ def test_a_way_that_cannot_be_built_is_left_out_with_a_sentence(gallery, pairs, 
     ways, missing = gallery.build_ways(of_names(gallery, "L2", "LPIPS"), [])
     assert [way.name for way in ways] == ["L2"]
     text = gallery.page(ways, gallery.show(ways, pairs[:1], progress=False), missing, [])
-    assert "LPIPS is left out.</strong> There are no weights: install &lt;them&gt;." in text and "1 pair, 1 way to compare" in text
+    assert (
+        "LPIPS is left out.</strong> There are no weights: install &lt;them&gt;." in text
+        and "1 pair, 1 way to compare" in text
+    )
     with pytest.raises(ConfigError, match="There are no weights"):
         gallery.build_ways(of_names(gallery, "LPIPS"), [])
 
