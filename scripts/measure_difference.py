@@ -330,10 +330,9 @@ def markdown(
     return f"""{main_table(results)}
 
 {len(every)} pairs of DeepPCB, 640 x 640 pixels, with {sum(row["boxes"] for row in every)} boxes; {disturbed} of them,
-spread evenly, were disturbed. No training.{own}
-The first {arguments.skip} pairs (sorted by name), on which the defaults of configs/diff.yaml were chosen, are left out.
-Shift, turn and scale are drawn at random, up to what is said; all together: up to {FULL["shift"]:g} px,
-{FULL["turn"]:g}° and {FULL["scale"]:g} %.
+spread evenly, were disturbed. No training.{own} The first {arguments.skip} pairs (sorted
+by name), on which the defaults of configs/diff.yaml were chosen, are left out. Shift, turn and scale are drawn at
+random, up to what is said; all together: up to {FULL["shift"]:g} px, {FULL["turn"]:g}° and {FULL["scale"]:g} %.
 
 - Centre: a box is hit if a region's centre lies in it, a region is right if its centre lies in a box.
 - IoU: box and region overlap by at least {OVERLAP:g}, each taken once. DeepPCB's boxes leave some 10 pixels around a
@@ -344,13 +343,14 @@ Share of boxes hit (centre), with alignment, by kind of defect:
 
 {kind_table(results, every)}
 
-Time on one core, every pair undisturbed, with alignment:
+Time on one core, every pair undisturbed, with alignment; the clock counts whatever else ran on that core, too:
 
 {time_table(every)}
 
 Noise alone: {NOISE_PAIRS} pairs of {size} pixels that differ by Gaussian noise, but for one pixel in 1000 that differs
 by 6 standard deviations of the difference and by its own noise. The bounds hold for a pair with probability {BAND:g},
-the error of the estimated sigma included. Settings: {" ".join(NOISE_SETTINGS)}.
+the error of the estimated sigma included. Settings: {" ".join(NOISE_SETTINGS[:3])}
+{" ".join(NOISE_SETTINGS[3:])}.
 
 {as_table([*headers, "expected, %"], noise)}
 """
@@ -453,7 +453,7 @@ def measure(
                     "cpu_s": cpu,
                 }
             )
-    folder = out / "worst" / label(disturbance).replace(" ", "_").replace(",", "")
+    folder = out / "worst" / label(disturbance).translate(str.maketrans(" ", "_", ",:"))
     folder.mkdir(parents=True, exist_ok=True)
     for place, (wrong, name, found, true) in enumerate(pictures):
         if wrong:
