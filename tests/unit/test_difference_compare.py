@@ -32,7 +32,7 @@ STILL = Alignment(motion="none", illumination="none")
 
 def comparison(tolerance=0, alignment=STILL, score=None, **settings):
     scorer = TorchScorer(ReferencePair(tolerance), score or ResidualScore(L1()), torch.device("cpu"))
-    return Comparison(scorer, alignment=alignment, **settings)
+    return Comparison(scorer, tolerance, alignment=alignment, **settings)
 
 
 def fixed(value, **settings):
@@ -182,6 +182,16 @@ def test_the_difference_is_to_the_nearest_value_around():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_where_an_edge_may_lie_beyond_the_reference_nothing_is_compared():
+    whole = picture(size=(90, 104))
+    reference, query = whole[:80, :96], whole[5:85, 8:]
+    moved = Alignment("translation", illumination="none")
+    exact, tolerant = (fixed(0.2, tolerance=tolerance, alignment=moved)(reference, query) for tolerance in (0, 2))
+    assert not exact.valid.all() and tolerant.valid[0, 0]
+    expected = ndimage.binary_erosion(exact.valid, np.ones((5, 5)), border_value=1)
+    np.testing.assert_array_equal(tolerant.valid, expected)
+
+
 @pytest.mark.parametrize("tolerance", [0, 2])
 def test_what_is_expected_takes_no_part_in_the_gradient(tolerance):
     tile = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -199,7 +209,7 @@ def test_the_gradient_of_l2_is_twice_the_difference():
     """So with a tolerance, too: were what is expected not held fixed, the gradient would vanish within its bounds."""
     reference, query = picture(0), picture(1)
     score = InputGradientScore(L2(), times_residual=False)
-    gradient = 3 * comparison(2, score=score)(reference, query).score_map  # the mean over query, reference, validity
+    gradient = comparison(2, score=score)(reference, query).score_map
     difference = comparison(2)(reference, query).score_map
     assert difference.max() > 0.3
     np.testing.assert_allclose(gradient, 2 * difference, atol=1e-5)
@@ -245,6 +255,15 @@ def test_less_than_a_share_of_the_contrast_is_not_visible(visible, shown):
     found = comparison(threshold=MapThreshold("noise", visible=visible))(reference, query)
     assert found.threshold == pytest.approx(max(1.5 / 255, visible * 0.4))
     assert found.is_different == shown
+
+
+def test_a_sparse_pattern_has_its_contrast():
+    reference = np.full((200, 200, 1), 0.9, np.float32)
+    reference[40:160:20, 50:60] = 0.1  # 0.15 % of the pixels
+    query = reference.copy()
+    query[100, 120:130] = 0.85
+    found = comparison(threshold=MapThreshold("noise", visible=0.1))(reference, query)
+    assert found.threshold == pytest.approx(0.08) and not found.is_different
 
 
 def test_small_regions_are_no_difference():

@@ -51,6 +51,7 @@ def build_comparison(settings: Mapping[str, Any]) -> Comparison:
     threshold = {"threshold": {**settings["threshold"], "kind": kind}}
     return Comparison(
         scorer=TorchScorer(ReferencePair(settings["tolerance"]), score, pick_device(settings["device"])),
+        tolerance=settings["tolerance"],
         channels=channels,
         alignment=build_section(Alignment, settings, "alignment"),
         filters=build_section(Filters, settings, "preprocessing"),
