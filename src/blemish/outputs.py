@@ -76,8 +76,10 @@ class PredictionFiles:
         self._out = out
         self._note = note_of(made)
         owned = (GALLERY_FILE, *(f"{name}s" for name, _ in _PICTURES))
-        same = ("fingerprint", "calibration")
-        self.rows = UnfinishedRows(out, "predictions", "predict.json", made, same, owned, overwrite, "predictions")
+        same, others = ("fingerprint", "calibration"), "another detector or calibration"
+        self.rows = UnfinishedRows(
+            out, "predictions", "predict.json", made, same, owned, overwrite, "predictions", others
+        )
         write_json(out / CARD_FILE, card.to_dict())
 
     def write_images(self, scored: Scored, stem: Path) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class DifferenceFiles:
         self._out = out
         self._note = note_of(made)
         owned = (CARD_FILE, *(folder_of(name) for name in PICTURES))
-        same = ("fingerprint", "calibration")
-        self.rows = UnfinishedRows(out, TABLE, MADE_FILE, made, same, owned, overwrite, "differences")
+        same, others = ("fingerprint", "calibration"), "other settings or another card"
+        self.rows = UnfinishedRows(out, TABLE, MADE_FILE, made, same, owned, overwrite, "differences", others)
 
     def write_images(self, pair: Pair, found: Difference) -> dict[str, str]:
         """Write the four pictures of a pair; where they are, below the folder."""
