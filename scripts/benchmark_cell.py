@@ -144,8 +144,9 @@ def detector_speed(detector: Any, images: Sequence[Any], batch: int) -> dict[str
     ready = replace(detector, tiling=replace(detector.tiling, batch=batch))
 
     def decide(chosen: Sequence[Any]) -> None:
-        for score_map in ready.score_maps(chosen):
-            ready.decide(score_map)
+        for batch_scored in ready.score_batches(chosen):
+            for scored in batch_scored:
+                ready.decide(scored.score_map, scored.label)
 
     return speed(decide, images, batch)
 

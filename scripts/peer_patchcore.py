@@ -196,7 +196,7 @@ def measure(job: Mapping[str, Any]) -> None:
             continue
         # PatchCore's image score is not on the scale of its map: no mask follows from its threshold.
         empty = np.zeros(score_map.shape, bool)
-        decided = Prediction(score_map, score, card.p_value(score), score > card.threshold, empty, [])
+        decided = Prediction(score_map, score, card.p_value(score), score > card.threshold, empty, [], card.threshold)
         evaluation.add(record.kind, decided, truth)
     figures = benchmark_cell.figures_of(evaluation.result() | {"unreadable": unreadable})
     figures["chance"] = benchmark_cell.chance_of_alarms(card.n, card.rank, figures["normals"], figures["false_alarms"])

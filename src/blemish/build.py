@@ -8,7 +8,7 @@ from typing import Any
 
 from blemish.errors import BlemishError, ConfigError
 
-TRUSTED = ("blemish.models", "blemish.residuals", "blemish.scores", "torch.nn")
+TRUSTED = ("blemish.models", "blemish.residuals", "blemish.perceptual", "blemish.scores", "torch.nn")
 """Where a checkpoint may take classes from. Not all of blemish: a class to build is no licence to run a command."""
 
 
@@ -27,7 +27,7 @@ def build(config: Any, trusted: Sequence[str] | None = None, where: str = "confi
         arguments = {key: build(value, trusted, f"{where}.{key}") for key, value in config.items() if key != "_target_"}
         if "_target_" not in config:
             return arguments
-        target = _locate(str(config["_target_"]), trusted, where)
+        target = locate(str(config["_target_"]), trusted, where)
         try:
             return target(**arguments)
         except BlemishError:
@@ -50,7 +50,8 @@ def build_section(cls: type, config: Mapping[str, Any], name: str, trusted: Sequ
         raise ConfigError(f"{name} does not fit {cls.__name__}: {error}.") from error
 
 
-def _locate(path: str, trusted: Sequence[str] | None, where: str) -> Any:
+def locate(path: str, trusted: Sequence[str] | None, where: str) -> Any:
+    """What a `_target_` names. Raises ConfigError if there is no such thing, or it is not trusted."""
     if trusted is not None and not _lies_in(path, trusted):
         raise ConfigError(
             f"{where} wants to load '{path}', outside the trusted packages {', '.join(trusted)}: if you trust it, "

@@ -25,14 +25,21 @@ _VERBS = {
     "compare": "one table over the runs of a sweep",
     "report": "one page about a run or its predictions: promise, scores, curves, pictures",
     "monitor": "do images believed normal still match the calibration?",
+    "diff": "where does an image differ from a reference? no training needed",
 }
 _GOES_ON = {
     "train": "; every finished epoch is kept: `blemish train resume=RUN` goes on with the run folder named above",
     "predict": "; what was finished is kept: the same command goes on, with out= as named above",
     "monitor": "; the images done are kept in the state file: the same command goes on",
+    "diff": "; what was finished is kept: the same command goes on, with out= as named above",
 }
-_POSITIONAL = {"compare": "dir", "check": "data.root", "report": "run"}
-_PATHS = ("data.root", "out", "run", "input", "dir", "resume", "state")
+_POSITIONAL = {
+    "compare": ("dir",),
+    "check": ("data.root",),
+    "report": ("run",),
+    "diff": ("reference", "query"),
+}
+_PATHS = ("data.root", "out", "run", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
 _MAY_BE_NULL = ("training.patience", "image.short_side")
 _HYDRA = (
     "hydra.run.dir=.",
@@ -121,11 +128,12 @@ def _run(verb: str, words: list[str]) -> int:
     flags = {word for word in words if word.startswith("-")}
     many = bool(flags & {"--multirun", "-m"})
     overrides, options = [], []
+    places = list(_POSITIONAL.get(verb, ()))
     for word, before in zip(words, ["", *words], strict=False):
         if word.startswith("-") or before in ("--cfg", "-c"):  # which take a word of their own
             options.append(word)
         else:
-            overrides.append(_tidy(verb, word, many))
+            overrides.append(_tidy(verb, word, many, places))
     if many and verb != "train":
         raise ConfigError(f"Only `blemish train` sweeps: call `blemish {verb}` once for each value.")
     config = _compose(verb, overrides, many)
@@ -251,13 +259,16 @@ def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], many: bo
 # --- the command line: paths, positionals, unknown names ------------------------------------------------------
 
 
-def _tidy(verb: str, word: str, many: bool) -> str:
-    """Turn a positional into KEY=VALUE, and quote paths, so that spaces, commas and brackets in them are literal."""
+def _tidy(verb: str, word: str, many: bool, places: list[str]) -> str:
+    """Turn a positional into KEY=VALUE, and quote paths, so that spaces, commas and brackets in them are literal.
+
+    `places` names the positionals to come; the one taken is removed.
+    """
     key, equals, value = word.partition("=")
-    if not equals or not re.fullmatch(r"[+~]{0,2}\w[\w.@/]*", key) or (verb in _POSITIONAL and _exists(word)):
-        if verb not in _POSITIONAL:
+    if not equals or not re.fullmatch(r"[+~]{0,2}\w[\w.@/]*", key) or (places and _exists(word)):
+        if not places:
             raise ConfigError(f"Expected settings as KEY=VALUE, found '{word}'; see `blemish {verb} --help`.")
-        key, value = _POSITIONAL[verb], word
+        key, value = places.pop(0), word
     if key in _PATHS and value not in ("", "null") and value[0] not in "'\"":
         is_list = value[0] == "[" or (many and "," in value)
         if not is_list or _exists(value):

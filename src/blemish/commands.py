@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,10 +78,11 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
         run = Path(config.out) if config.out is not None else dated("runs")
         if run.exists() and (not run.is_dir() or any(item.name != LOG_FILE for item in run.iterdir())):
             raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
-        from blemish.training.run import fit_to_images, start
+        from blemish.training.run import fit_to_images, name_classes, start
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
         records = _read(_plain(config.data)).sound()
+        name_classes(config, records)
         if not any(word.startswith("image.short_side=") for word in overrides) and (
             config.image.size is not None or config.image.max_side is not None
         ):
@@ -141,7 +143,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from blemish import pipeline
-    from blemish.calibration import read_settings
+    from blemish.calibration import Promise, read_settings
     from blemish.checkpoint import load_detector, read_checkpoint, replace_calibration
     from blemish.data.splits import SPLITS_FILE, read_part
     from blemish.files import CARD_FILE
@@ -163,8 +165,9 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
                 f"or add calibration.mask_rule={rule_name}."
             )
     own = OmegaConf.is_missing(config.data, "root")
-    # Scores of another mask rule come from the images; another alpha or rank needs the scores only.
+    # Scores of another mask rule, and classes, come from the images; another alpha or rank needs the scores only.
     rescore = not own or not card or mask_rule.to_dict() != card["mask_rule"]
+    rescore = rescore or promise.by_class != Promise(**card["promise"]).by_class
     detector = load_detector(run, config.device, config.trusted, with_card=not rescore)
     if not rescore:
         calibration = detector.card.with_promise(promise)
@@ -173,8 +176,8 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
             records = read_part(run / SPLITS_FILE, "calibration")
             if card and card["made"]["calibrated_on"] != pipeline.digests_of(records):
                 raise ConfigError(
-                    f"{run} was calibrated on other images than those set aside in its training: another mask rule "
-                    "needs these images again; give them by data.root=DIR."
+                    f"{run} was calibrated on other images than those set aside in its training: another mask rule or "
+                    "by_class needs these images again; give them by data.root=DIR."
                 )
         else:
             about = content["about"]
@@ -184,7 +187,11 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
         calibration = pipeline.calibrate(detector, records, promise, mask_rule)
     replace_calibration(run, calibration)
     _print_calibration(calibration)
-    print(f"threshold: {calibration.threshold:.6g}; card: {run / CARD_FILE}")
+    thresholds = ", ".join(
+        f"{part.threshold:.6g}" if label is None else f"{label} {part.threshold:.6g}"
+        for label, part in calibration.parts.items()
+    )
+    print(f"threshold{'s' if calibration.classes else ''}: {thresholds}; card: {run / CARD_FILE}")
     return DONE
 
 
@@ -222,11 +229,12 @@ def _predict(config: Any, overrides: list[str]) -> int:
         print(f"at a false discovery rate of {config.fdr:g}: {summary.discoveries} anomalous (column fdr_decision)")
         # The smallest p-value is 1 / (n + 1); Benjamini and Hochberg call k of m images if p <= fdr k / m.
         usable = summary.images - len(summary.errors)
-        least = math.ceil(usable / ((detector.card.n + 1) * config.fdr))
+        n = max(part.n for part in detector.card.parts.values())
+        least = math.ceil(usable / ((n + 1) * config.fdr))
         if summary.discoveries < least > 1:
             can = "none can" if least > usable else f"no fewer than {least} can"
             print(
-                f"(with {detector.card.n} calibration scores, {can} be called anomalous among {usable} images at this "
+                f"(with {n} calibration scores, {can} be called anomalous among {usable} images at this "
                 "rate: add calibration images, or predict fewer at once)"
             )
     code = _print_unusable(summary.errors)
@@ -267,6 +275,48 @@ def _monitor(config: Any, overrides: list[str]) -> int:
     return code if drift.holds else DRIFT
 
 
+def _diff(config: Any, overrides: list[str]) -> int:
+    from blemish.calibration import read_settings
+    from blemish.difference.build import build_comparison, made_by, read_card
+    from blemish.difference.outputs import MADE_FILE
+    from blemish.difference.pairs import find_pairs
+    from blemish.difference.run import diff, in_words, learn
+    from blemish.files import CARD_FILE, write_json
+    from blemish.rows import check_own
+
+    example = "diff REFERENCE QUERY out=OUT"
+    reference, query = (
+        Path(_required(config, name, example)).expanduser().absolute() for name in ("reference", "query")
+    )
+    settings = _plain(config)
+    mask = Path(settings["mask"]).expanduser().absolute() if settings["mask"] is not None else None
+    out = Path(settings["out"]) if settings["out"] is not None else dated("differences")
+    comparison = build_comparison(settings)
+    made = made_by(settings, comparison)
+    pairs = find_pairs(reference, query, mask)
+    if settings["learn"]:
+        if settings["card"] is not None:
+            raise ConfigError("learn=true makes a card, card= uses one: leave one of them out.")
+        check_own(out, MADE_FILE, "a card of differences")
+        if (out / CARD_FILE).exists() and not settings["overwrite"]:
+            raise ConfigError(f"{out} has a {CARD_FILE} already: choose another out=, or set overwrite=true.")
+        promise, mask_rule = read_settings(settings["calibration"])
+        card = learn(comparison, pairs, promise, mask_rule, made)
+        write_json(out / CARD_FILE, card.to_dict())
+        _print_calibration(card)
+        print(f"threshold: {card.threshold:.6g}; card: {out / CARD_FILE}")
+        return DONE
+    if settings["card"] is not None:
+        comparison = replace(comparison, card=read_card(Path(settings["card"]), made["fingerprint"]))
+        made = made_by(settings, comparison)
+    print(f"writing to: {out}", flush=True)
+    summary = diff(comparison, pairs, out, made, settings["overwrite"])
+    print(in_words(summary, comparison.card))
+    code = _print_unusable(summary.errors)
+    print(f"written: {out}")
+    return code
+
+
 def _report(config: Any, overrides: list[str]) -> int:
     _write_report(Path(_required(config, "run", "report run=RUN")))
     return DONE
@@ -293,4 +343,5 @@ ACTIONS: dict[str, Callable[[Any, list[str]], int]] = {
     "compare": _compare,
     "report": _report,
     "monitor": _monitor,
+    "diff": _diff,
 }

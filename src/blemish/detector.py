@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -26,8 +26,9 @@ class Prediction:
     score_map: (H, W) float32 at the image's own size, >= 0, higher is worse. mask: (H, W) bool.
     image_score: the smallest threshold at which the mask keeps the calibrated mask rule; for "any_pixel" the map's
     maximum. p_value: the chance of so high a score on a normal image, in (0, 1]. is_anomalous: image_score is above the
-    calibrated threshold, so that the mask breaks the rule (before `cleaning`, which may still empty it). regions: of
-    the mask, worst first.
+    calibrated `threshold`, so that the mask breaks the rule (before `cleaning`, which may still empty it). regions: of
+    the mask, worst first. label: the class of part that the image shows, if the model tells; with a calibration by
+    class, p_value and threshold are those of this class.
     """
 
     score_map: FloatArray
@@ -36,6 +37,21 @@ class Prediction:
     is_anomalous: bool
     mask: Mask
     regions: list[Region]
+    threshold: float
+    label: str | None = None
+
+
+class ScoredImage(NamedTuple):
+    """What a scorer says of one image.
+
+    score_map: (H, W) float32 at the image's own size. expected: what a defect-free image would have shown, (h, w, C)
+    float32 at the size that is scored; None if not asked for, or if the model does not say it in pixels. label: the
+    class of part that it shows; None if the scorer tells none.
+    """
+
+    score_map: FloatArray
+    expected: FloatArray | None
+    label: str | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,12 @@ class Detector:
         return replace(self, calibration=calibration)
 
     @property
+    def classes(self) -> Sequence[str]:
+        """The classes of parts that the scorer tells apart; none, for most. An image is then one tile."""
+        classes: Sequence[str] = getattr(self.scorer, "classes", ())
+        return classes
+
+    @property
     def card(self) -> Calibration:
         """The calibration. Raises NotCalibrated if there is none."""
         if self.calibration is None:
@@ -87,20 +109,18 @@ class Detector:
     def score_maps(self, images: Iterable[Pixels]) -> Iterator[FloatArray]:
         """Score maps of many images, in order; batches may round otherwise than `score_map` in the last bits."""
         for batch in self.score_batches(images):
-            yield from (score_map for score_map, _ in batch)
+            yield from (scored.score_map for scored in batch)
 
     def explain(self, image: Pixels) -> tuple[FloatArray, FloatArray | None]:
         """The score map of one image, and what a defect-free one would have shown (see `score_batches`)."""
-        return next(self.score_batches([image], explain=True))[0]
+        scored = next(self.score_batches([image], explain=True))[0]
+        return scored.score_map, scored.expected
 
-    def score_batches(
-        self, images: Iterable[Pixels], explain: bool = False
-    ) -> Iterator[list[tuple[FloatArray, FloatArray | None]]]:
-        """Score maps of many images, in order, in the batches that were scored at once.
+    def score_batches(self, images: Iterable[Pixels], explain: bool = False) -> Iterator[list[ScoredImage]]:
+        """Score many images, in order, in the batches that were scored at once.
 
         Neighbours of equal size share batches of up to `tiling.batch` tiles. With `explain`, each map comes with what
-        a defect-free image would have shown, (h, w, C) float32 at the size that is scored, or None if the model does
-        not say it in pixels.
+        was expected, if the model says it.
         """
         waiting: list[tuple[Pixels, tuple[int, int]]] = []
         for image in images:
@@ -117,39 +137,47 @@ class Detector:
         if waiting:
             yield self._score(waiting, explain)
 
-    def _score(
-        self, waiting: list[tuple[Pixels, tuple[int, int]]], explain: bool
-    ) -> list[tuple[FloatArray, FloatArray | None]]:
+    def _score(self, waiting: list[tuple[Pixels, tuple[int, int]]], explain: bool) -> list[ScoredImage]:
         images = waiting[0][0][None] if len(waiting) == 1 else np.stack([pixels for pixels, _ in waiting])
-        explainer = getattr(self.scorer, "explain", None) if explain else None
+        labels: list[str | None] = []
+
+        def classify(tiles: FloatArray) -> FloatArray:
+            explained: FloatArray
+            explained, found = self.scorer.classify(tiles)  # type: ignore[attr-defined]
+            labels.extend(found)
+            return explained
+
+        explainer = classify if self.classes else getattr(self.scorer, "explain", None) if explain else None
         if explainer:  # the score, and after it the channels of what was expected, if there are any
             blended = blend_tiles(explainer, images, self.tiling)
             scored, expected = np.ascontiguousarray(blended[..., 0]), blended[..., 1:]
         else:
             scored, expected = apply_tiled(self.scorer, images, self.tiling), np.empty((len(images), 0), np.float32)
-        maps: list[tuple[FloatArray, FloatArray | None]] = []
-        for score_map, picture, (_, (height, width)) in zip(scored, expected, waiting, strict=True):
+        results: list[ScoredImage] = []
+        labels = labels or [None] * len(waiting)
+        for score_map, picture, label, (_, (height, width)) in zip(scored, expected, labels, waiting, strict=True):
             smooth = self.smoothing(score_map)
             if self.normalisation:
                 smooth = self.normalisation(smooth)
             if smooth.shape != (height, width):
                 enlarged = cv2.resize(smooth, (width, height), interpolation=cv2.INTER_LINEAR)
                 smooth = np.asarray(enlarged, np.float32)
-            maps.append((smooth, picture if picture.size else None))
-        return maps
+            results.append(ScoredImage(smooth, picture if explain and picture.size else None, label))
+        return results
 
     def check_size(self, image: Pixels) -> None:
         """Raise ImageError if maps are normalised pixel by pixel and the image has not the size for it."""
         if self.normalisation:
             self.normalisation.check(self.preprocess.scored_size(*check_pixels(image).shape[:2]))
 
-    def decide(self, score_map: FloatArray) -> Prediction:
-        """Turn a score map into a decision.
+    def decide(self, score_map: FloatArray, label: str | None = None) -> Prediction:
+        """Turn a score map, of an image of the class `label`, into a decision.
 
         Raises:
-            NotCalibrated: there is no calibration yet. CalibrationError: the map has NaN or infinite values.
+            NotCalibrated: there is no calibration yet. CalibrationError: the map has NaN or infinite values, or the
+                calibration is by class and knows no such class.
         """
-        card = self.card
+        card = self.card.of(label)
         if not np.isfinite(score_map).all():
             raise CalibrationError("The score map has NaN or infinite values: no decision is possible.")
         score = card.mask_rule.score(score_map)
@@ -166,6 +194,8 @@ class Detector:
             is_anomalous=score > card.threshold,
             mask=mask,
             regions=regions,
+            threshold=card.threshold,
+            label=label,
         )
 
     def __call__(self, image: Pixels | str | Path) -> Prediction:
@@ -175,4 +205,5 @@ class Detector:
             NotCalibrated, ImageError.
         """
         pixels = read_pixels(image) if isinstance(image, (str, Path)) else image
-        return self.decide(self.score_map(pixels))
+        scored = next(self.score_batches([pixels]))[0]
+        return self.decide(scored.score_map, scored.label)

@@ -20,6 +20,8 @@ _LEVELS = np.arange(256, dtype=np.uint8)[:, None]
 _COLOUR = cv2.applyColorMap(_LEVELS, cv2.COLORMAP_INFERNO).reshape(256, 3)[:, ::-1].astype(np.float32)
 _OPACITY = (0.75 * np.clip((_RELATIVE - 0.5) / 0.5, 0.0, 1.0)).astype(np.float32)[:, None]
 _OUTLINE = (0, 255, 255)
+_STRIPE = 12  # pixels from one stripe of a hatching to the next
+_HATCH_LIGHT, _HATCH_DARK = np.uint8(170), np.uint8(110)
 _ROWS = 256  # painted at once, so that memory stays small for huge images
 
 
@@ -52,3 +54,12 @@ def heat_map(score_map: FloatArray, threshold: float, pixels: Pixels, mask: Mask
         outlines, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, outlines, -1, _OUTLINE, thickness=max(1, min(mask.shape) // 400))
     return picture
+
+
+def hatched(picture: Picture, valid: Mask) -> Picture:
+    """Stripes over (H, W, 3) where nothing was compared; the picture itself where everything was."""
+    if valid.all():
+        return picture
+    rows, columns = np.ogrid[: valid.shape[0], : valid.shape[1]]
+    stripes = (rows + columns) % _STRIPE < _STRIPE // 2
+    return np.where(valid[..., None], picture, np.where(stripes[..., None], _HATCH_LIGHT, _HATCH_DARK))

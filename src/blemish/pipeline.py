@@ -40,6 +40,8 @@ from blemish.report.gallery import Shown, write_gallery
 from blemish.scoring import PIXELS_AHEAD, ScoredFile, score_files
 from blemish.streaming import map_ahead
 
+_EVALUATION = ("path", "kind", "class", "image_score", "p_value", "decision", "error")
+
 
 def made_by(detector: Detector) -> dict[str, Any]:
     """What every artefact says of its origin."""
@@ -49,7 +51,7 @@ def made_by(detector: Detector) -> dict[str, Any]:
         "fingerprint": detector.fingerprint,
         "calibration": (
             asdict(detector.calibration.promise)
-            | {"mask_rule": detector.calibration.mask_rule.to_dict(), "threshold": detector.calibration.threshold}
+            | {"mask_rule": detector.calibration.mask_rule.to_dict(), "threshold": detector.calibration.thresholds}
             if detector.calibration
             else None
         ),
@@ -97,6 +99,30 @@ def check_enough(records: Sequence[SplitRecord], promise: Promise, mask_rule: Ma
         promise.rank(len({item.unit for item in records}), len(records))
 
 
+def check_classes_told(promise: Promise, classes: Sequence[str], images: int) -> None:
+    """Raise, before any image is scored, if a promise by class is out of the question.
+
+    Args:
+        classes: those that the model tells apart. images: to calibrate with.
+
+    Raises:
+        ConfigError: the model tells none. CalibrationError: they are more than the images suffice for.
+    """
+    if not promise.by_class:
+        return
+    if not classes:
+        raise ConfigError(
+            "calibration.by_class=true expects a model that tells classes of parts apart, such as model=template_bank, "
+            "found one that does not: choose another model, or calibration.by_class=false."
+        )
+    if images < promise.needed * len(classes):
+        raise CalibrationError(
+            f"{count_units(images)} are too few for alpha = {promise.alpha:g} ({promise.rule}) in each of "
+            f"{len(classes)} classes: it needs {promise.needed} of each; add normal images, train with fewer templates "
+            "or a larger split.calibration, or set calibration.by_class=false."
+        )
+
+
 def calibrate(
     detector: Detector,
     records: Sequence[SplitRecord],
@@ -107,15 +133,18 @@ def calibrate(
     """Fit a calibration on held-out normal images.
 
     Raises:
-        CalibrationError: too few units (said before any image is scored), or scores that are not finite.
+        CalibrationError: too few units (said before any image is scored; by class, after), or scores that are not
+            finite.
+        ConfigError: the promise is by class, and the detector tells none.
         DataError: an image cannot be read, or is not normal.
     """
     mask_rule = mask_rule or MaskRule()
     check_enough(records, promise, mask_rule)
+    check_classes_told(promise, detector.classes, len(records))
     defective = [item for item in records if not item.record.is_normal]
     if defective:
         raise DataError(f"{defective[0].record.path} is not defect-free: only normal images calibrate.")
-    scores = []
+    scores, labels = [], []
     noise = NoiseEstimator() if mask_rule.name == "parametric_noise" else None
     maps = score_files(detector, [item.record.path for item in records])
     for scored in tqdm(maps, "calibrating", len(records), unit="image", disable=not progress, leave=False):
@@ -130,12 +159,17 @@ def calibrate(
                 f"{mask_rule.region_area}: no mask could ever break the rule; lower it."
             )
         scores.append(mask_rule.score(score_map))
+        labels.append(scored.label)
         if noise:
             noise.add(score_map)
     made = {key: value for key, value in made_by(detector).items() if key != "calibration"}
     made["calibrated_on"] = digests_of(records)
     made["calibration_fingerprint"] = _joined_digest(made["calibrated_on"])
     units = [item.unit for item in records]
+    if promise.by_class:
+        return Calibration.fit_by_class(
+            scores, units, labels, detector.classes, promise, detector.fingerprint, mask_rule, made
+        )
     estimate = noise.result() if noise else None
     return Calibration.fit(scores, units, promise, detector.fingerprint, mask_rule, estimate, made)
 
@@ -206,11 +240,12 @@ def evaluate(
             error = scored.error
             row: dict[str, Any] = {"path": str(record.path), "kind": record.kind}
             if scored.score_map is not None:
-                prediction = detector.decide(scored.score_map)
+                prediction = detector.decide(scored.score_map, scored.label)
                 try:
                     truth = read_mask(record.mask, scored.score_map.shape) if record.mask else None
                     evaluation.add(record.kind, prediction, truth)
                     row |= {
+                        "class": prediction.label,
                         "image_score": prediction.image_score,
                         "p_value": prediction.p_value,
                         "decision": "anomalous" if prediction.is_anomalous else "normal",
@@ -223,7 +258,7 @@ def evaluate(
     if len(unreadable) == len(test):
         raise DataError(f"None of the {len(test)} test images can be used. {unreadable[0]}")
     metrics = {"made": made_by(detector), **evaluation.result(), "unreadable": unreadable}
-    write_csv(out / "evaluation.csv", ("path", "kind", "image_score", "p_value", "decision", "error"), rows)
+    write_csv(out / "evaluation.csv", _EVALUATION, rows)
     write_json(out / "curves.json", evaluation.curves())
     write_json(out / "metrics.json", metrics)
     write_json(out / CARD_FILE, detector.card.to_dict())
@@ -291,7 +326,7 @@ def predict(
         raise BlemishError(f"All images of the input lie in {out}, where the results would go: choose another out=.")
     stems = dict(zip([path for path, _ in pairs], unique_stems([name for _, name in pairs]), strict=True))
     files = PredictionFiles(out, made_by(detector) | {"fdr": fdr}, detector.card, overwrite)
-    before = files.done()
+    before = files.rows.done()
     done = {row["path"] for row in before}
     if done - {str(path) for path in stems}:
         raise BlemishError(
@@ -301,7 +336,7 @@ def predict(
 
     def scored() -> Iterator[Scored]:
         for item in score_files(detector, todo):
-            prediction = None if item.score_map is None else detector.decide(item.score_map)
+            prediction = None if item.score_map is None else detector.decide(item.score_map, item.label)
             yield Scored(item.path, item.pixels, prediction, item.seconds, item.error)
 
     def area(item: Scored) -> float:
@@ -312,15 +347,18 @@ def predict(
 
     anomalous = sum(row["decision"] == "anomalous" for row in before)
     errors = [row["error"] for row in before if row["error"]]
-    ranked = [(-row["image_score"], row["path"], row["map"]) for row in before if not row["error"]]
-    rows = files.append(map_ahead(write, scored(), area, PIXELS_AHEAD, workers=2))
+    ranked = [(-row["image_score"], row["path"], row) for row in before if not row["error"]]
+    rows = files.rows.append(map_ahead(write, scored(), area, PIXELS_AHEAD, workers=2))
     for row in tqdm(rows, "predicting", len(pairs), initial=len(pairs) - len(todo), unit="image", disable=not progress):
         anomalous += row["decision"] == "anomalous"
         if row["error"]:
             errors.append(row["error"])
         else:
-            ranked.append((-row["image_score"], row["path"], row["map"]))
-    worst = [Shown(Path(path), score_map=out / place) for _, path, place in heapq.nsmallest(gallery, ranked)]
+            ranked.append((-row["image_score"], row["path"], row))
+    worst = [
+        Shown(Path(path), score_map=out / row["map"], label=row["class"])
+        for _, path, row in heapq.nsmallest(gallery, ranked)
+    ]
     write_gallery(out / GALLERY_FILE, detector, worst, progress)
     discoveries = files.finish(fdr)
     return PredictSummary(len(before) + len(todo), anomalous, errors, len(before), discoveries)
@@ -355,6 +393,11 @@ def monitor(
     if order not in ("shuffled", "name"):
         raise ConfigError(f"Expected order to be shuffled or name, found '{order}'.")
     card = detector.card
+    if card.classes:
+        raise ConfigError(
+            "`blemish monitor` tests one list of calibration scores, and this calibration is by class: monitor with a "
+            "copy of the run that `blemish calibrate calibration.by_class=false` recalibrated."
+        )
     if by_folder is None and card.images != card.n:
         raise ConfigError(
             f"The calibration has {count_units(card.n, card.images)}: set by_folder=true if the images of one folder "
@@ -440,8 +483,8 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
             metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
             overall = metrics["overall"]
             row += [*(overall[name] for name in figures), overall["calibrated"]["image_f1"]]
-            card = json.loads((run / CARD_FILE).read_text(encoding="utf-8"))
-            stale = metrics["made"]["calibration"]["threshold"] != card["threshold"]
+            card = Calibration.from_dict(json.loads((run / CARD_FILE).read_text(encoding="utf-8")))
+            stale = metrics["made"]["calibration"]["threshold"] != card.thresholds
             row += [metrics["normals"]["false_alarm_rate"], "recalibrated since: evaluate again" if stale else ""]
         else:
             finished = (run / "detector.pt").is_file()

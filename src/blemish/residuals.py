@@ -44,7 +44,57 @@ class L2(Residual):
         return (observed - expected).square().mean(dim=1, keepdim=True)
 
 
-class SSIM(Residual):
+class Windowed(Residual):
+    """Base of residuals that look through a Gaussian window of 11 pixels, sigma 1.5; borders reflect.
+
+    Raises:
+        ConfigError: (in `forward`) a side is shorter than 6 pixels.
+    """
+
+    window: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        positions = torch.arange(-5, 6, dtype=torch.float64)
+        window = torch.exp(-positions.square() / (2 * 1.5**2))
+        self.register_buffer("window", (window / window.sum()).float(), persistent=False)
+
+    def blur(self, x: Tensor) -> Tensor:
+        """The window's weighted mean about each pixel, of the same shape."""
+        if min(x.shape[-2:]) < 6:
+            raise ConfigError(
+                f"{type(self).__name__} needs at least 6 pixels a side, found {x.shape[-2]} x {x.shape[-1]}: "
+                "use larger tiles or fewer scales."
+            )
+        channels = x.shape[1]
+        kernel = self.window.to(x).expand(channels, 1, 1, -1)
+        x = F.conv2d(F.pad(x, (5, 5, 5, 5), mode="reflect"), kernel, groups=channels)
+        return F.conv2d(x, kernel.transpose(2, 3), groups=channels)
+
+
+class PSNR(Windowed):
+    """How far the local peak signal-to-noise ratio lies below `cap` decibels, as a share of it.
+
+    The mean squared error is that of SSIM's Gaussian window, the peak is 1. In [0, 1] for images in [0, 1]; 0 where
+    the error is at most 10^(-cap / 10), and the gradient is 0 there, too.
+
+    Raises:
+        ConfigError: cap not above 0, or (in `forward`) a side is shorter than 6 pixels.
+    """
+
+    def __init__(self, cap: float = 60.0) -> None:
+        super().__init__()
+        if not cap > 0:
+            raise ConfigError(f"Expected residual.cap > 0, in decibels, found {cap}.")
+        self.cap = cap
+
+    def distance(self, observed: Tensor, expected: Tensor) -> Tensor:
+        error = self.blur((observed - expected).square().mean(dim=1, keepdim=True))
+        # In units of the cap's error, so that the logarithm is exactly 0 up to there.
+        return (error * 10 ** (self.cap / 10)).clamp(min=1).log10() * (10 / self.cap)
+
+
+class SSIM(Windowed):
     """Structural dissimilarity (1 - SSIM) / 2, in [0, 1].
 
     Source: Wang et al., Image quality assessment, IEEE TIP 2004: Gaussian window of 11 pixels, sigma 1.5,
@@ -54,14 +104,9 @@ class SSIM(Residual):
         ConfigError: a side is shorter than 6 pixels.
     """
 
-    window: Tensor
-
     def __init__(self, c1: float = 0.01**2, c2: float = 0.03**2) -> None:
         super().__init__()
         self.c1, self.c2 = c1, c2
-        positions = torch.arange(-5, 6, dtype=torch.float64)
-        window = torch.exp(-positions.square() / (2 * 1.5**2))
-        self.register_buffer("window", (window / window.sum()).float(), persistent=False)
 
     def distance(self, observed: Tensor, expected: Tensor) -> Tensor:
         luminance, structure = self.parts(observed, expected)
@@ -70,23 +115,12 @@ class SSIM(Residual):
 
     def parts(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The luminance and the contrast-structure terms of SSIM, each (B, C, H, W)."""
-        if min(x.shape[-2:]) < 6:
-            raise ConfigError(
-                f"SSIM needs at least 6 pixels a side, found {x.shape[-2]} x {x.shape[-1]}: "
-                "use larger tiles or fewer scales."
-            )
         channels = x.shape[1]
-        moments = self._blur(torch.cat([x, y, x * x, y * y, x * y], dim=1))
+        moments = self.blur(torch.cat([x, y, x * x, y * y, x * y], dim=1))
         mean_x, mean_y, xx, yy, xy = torch.split(moments, channels, dim=1)
         luminance = (2 * mean_x * mean_y + self.c1) / (mean_x.square() + mean_y.square() + self.c1)
         variances = (xx - mean_x.square()) + (yy - mean_y.square())
         return luminance, (2 * (xy - mean_x * mean_y) + self.c2) / (variances + self.c2)
-
-    def _blur(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        kernel = self.window.to(x).expand(channels, 1, 1, -1)
-        x = F.conv2d(F.pad(x, (5, 5, 5, 5), mode="reflect"), kernel, groups=channels)
-        return F.conv2d(x, kernel.transpose(2, 3), groups=channels)
 
 
 class MultiScaleSSIM(Residual):

@@ -20,8 +20,8 @@ PIXELS_AHEAD = 2**24  # decoded or waiting to be written at any time, beyond the
 class ScoredFile:
     """A file with its pixels and raw score map, or the reason why there are none.
 
-    `expected` (see `Detector.score_batches`): only if asked for. `seconds`: to decode, tile and score, shared evenly
-    by the images of a batch.
+    `expected`, `label`: as in `ScoredImage`. `seconds`: to decode, tile and score, shared evenly by the images of a
+    batch.
     """
 
     path: Path
@@ -30,6 +30,7 @@ class ScoredFile:
     expected: FloatArray | None
     seconds: float
     error: str = ""
+    label: str | None = None
 
 
 def score_files(detector: Detector, paths: Sequence[Path], explain: bool = False) -> Iterator[ScoredFile]:
@@ -69,10 +70,10 @@ def score_files(detector: Detector, paths: Sequence[Path], explain: bool = False
     start = time.perf_counter()
     for batch in detector.score_batches(readable(), explain):
         seconds = (time.perf_counter() - start) / len(batch)
-        for score_map, expected in batch:
+        for scored in batch:
             yield from errors()
             path, pixels = pending.popleft()
             assert not isinstance(pixels, ImageError)
-            yield ScoredFile(path, pixels, score_map, expected, seconds)
+            yield ScoredFile(path, pixels, scored.score_map, scored.expected, seconds, label=scored.label)
         start = time.perf_counter()
     yield from errors()

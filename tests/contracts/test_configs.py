@@ -12,8 +12,9 @@ from pytorch_lightning import Trainer
 from blemish.build import build
 from blemish.cli import config_folder
 from blemish.commands import ACTIONS
+from blemish.difference.build import build_comparison
 
-GROUPS = ("model", "residual", "score", "corruption", "augment", "data", "trainer", "sweep")
+GROUPS = ("model", "residual", "score", "corruption", "augment", "data", "trainer", "sweep", "strategy")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 MASK_SETTINGS = ("mask_rule", "tau", "region_area")
 every_option = pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}-{o}" for g, o in OPTIONS])
@@ -45,7 +46,8 @@ def test_every_folder_of_options_is_covered():
 
 @every_option
 def test_option_composes_and_fits_its_target(settings, group, option):
-    composed = settings(f"{group}={option}", "image.channels=1")
+    verb = "diff" if group == "strategy" else "train"
+    composed = settings(f"{group}={option}", "image.channels=1", verb=verb)
     own = yaml.safe_load((config_folder() / group / f"{option}.yaml").read_text("utf-8"))
     assert composed[group].keys() == own.keys()
     assert composed[group].get("_target_") == own.get("_target_")
@@ -56,6 +58,14 @@ def test_option_composes_and_fits_its_target(settings, group, option):
 def test_training_and_scoring_use_the_residual_that_was_chosen(settings, option):
     composed = settings(f"residual={option}", "score=residual", "image.channels=1")
     assert composed["objective"]["residual"] == composed["score"]["residual"] == composed["residual"]
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "residual"])
+def test_a_difference_uses_the_residual_that_was_chosen(settings, installed, option):
+    composed = settings(f"residual={option}", verb="diff")
+    assert composed["strategy"]["residual"] == composed["residual"]
+    with installed():
+        assert build_comparison(composed).threshold.kind == ("noise" if option == "l1" else "otsu")
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "score" and option != "repair"])

@@ -74,9 +74,9 @@ def expected_by(model, x):
 @torch.no_grad()
 def evaluated(model, x):
     """All that a model gives in evaluation, part by part."""
-    observed, expected, latents, penalty, repaired = model.eval()(x)
-    levels = [part for latent in latents for gaussian in latent if gaussian is not None for part in gaussian]
-    return [part for part in (observed, expected, *levels, penalty, repaired) if part is not None]
+    output = model.eval()(x)
+    levels = [part for latent in output.latents for gaussian in latent if gaussian is not None for part in gaussian]
+    return [part for part in (*output._replace(latents=()), *levels) if isinstance(part, torch.Tensor)]
 
 
 @every_model
@@ -130,6 +130,15 @@ def test_repaired_is_one_logit_a_pixel_or_nothing(make, name, channels, size):
     if output.repaired is not None:
         assert output.repaired.shape == (3, 1, *output.expected.shape[-2:])
         assert torch.isfinite(output.repaired).all()
+
+
+@every_model
+@every_channels
+def test_valid_and_spread_are_one_value_a_pixel_or_nothing(make, name, channels):
+    output = trained_a_little(make(name, channels), tiles(channels)).eval()(tiles(channels))
+    shape = (3, 1, *output.expected.shape[-2:])
+    assert output.valid is None or (output.valid.dtype == torch.bool and output.valid.shape == shape)
+    assert output.spread is None or (output.spread.shape == shape and (output.spread > 0).all())
 
 
 @every_model

@@ -45,13 +45,14 @@ def build_pair(config):
 
 
 @pytest.fixture(scope="module")
-def make(compose):
+def make(compose, installed):
     made = {}
 
     def build_fitting(name, channels):
         for model in MODELS:
             try:
-                return build_pair(compose(name, model, channels, "model.width=4", "model.depth=2"))
+                with installed():
+                    return build_pair(compose(name, model, channels, "model.width=4", "model.depth=2"))
             except ConfigError as error:
                 refusal = error
         raise refusal
@@ -168,8 +169,9 @@ def test_it_survives_saving_also_after_it_has_learned(make, name):
 
 @every_score
 @pytest.mark.parametrize("model", [path.stem for path in sorted((config_folder() / "model").glob("*.yaml"))])
-def test_every_model_fits_or_is_refused_in_words(compose, name, model):
+def test_every_model_fits_or_is_refused_in_words(compose, installed, name, model):
     try:
-        build_model(compose(name, model), TRUSTED)
+        with installed():
+            build_model(compose(name, model), TRUSTED)
     except ConfigError as refusal:
         assert len(str(refusal).split()) > 6

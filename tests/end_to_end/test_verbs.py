@@ -20,7 +20,18 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 
 VERBS = ("train", "calibrate", "evaluate", "predict", "check", "compare", "report", "monitor")
 COLUMNS = [
-    *("path", "image_score", "p_value", "q_value", "decision", "fdr_decision", "regions", "boxes", "region_p_values"),
+    *(
+        "path",
+        "class",
+        "image_score",
+        "p_value",
+        "q_value",
+        "decision",
+        "fdr_decision",
+        "regions",
+        "boxes",
+        "region_p_values",
+    ),
     *("map", "heatmap", "mask", "seconds", "error"),
 ]
 ODD_NAMES = [
@@ -170,7 +181,7 @@ def test_splits_name_every_image_once(tiny_run, tiny_data):
 
 def test_card_holds_the_promise(tiny_run):
     card = read_json(tiny_run / "card.json")
-    assert card["promise"] == {"alpha": 0.1, "rule": "marginal", "delta": 0.05}
+    assert card["promise"] == {"alpha": 0.1, "rule": "marginal", "delta": 0.05, "by_class": False}
     assert card["units"] == card["images"] == 12 and card["rank"] == 12
     assert card["threshold"] == sorted(card["scores"])[11]
     assert "expect about 77 false alarms (any pixel flagged), at most 100 on average" in card["in_words"]  # 1000 / 13

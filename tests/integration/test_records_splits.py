@@ -339,3 +339,19 @@ def test_copies_of_one_image_are_too_few(tmp_path):
         records.append(Record(tmp_path / f"{number}.png"))
     with pytest.raises(DataError, match="Too few images: 1 distinct"):
         split(records)
+
+
+def test_classes_are_named_by_folders_or_a_column(tmp_path, save, texture):
+    paths = [save(tmp_path / name, texture(0)) for name in ("one/a.png", "two/deep/b.png")]
+    assert [(item.path, item.label) for item in read_folder(tmp_path, "folders").sound()] == [
+        (paths[0], "one"),
+        (paths[1], "two"),
+    ]
+    assert {item.label for item in read_folder(tmp_path).sound()} == {None}
+    (tmp_path / "manifest.csv").write_text("path,label,class\none/a.png,good,face 1\ntwo/deep/b.png,good,\n")
+    assert [item.label for item in read_manifest(tmp_path).sound()] == ["face 1", None]
+    save(tmp_path / "c.png", texture(0))
+    with pytest.raises(DataError, match=r"c\.png lies in no folder below .* which would name its class: move it"):
+        read_folder(tmp_path, "folders").sound()
+    with pytest.raises(ConfigError, match=r"data\.classes to be folders or null, found 'names'"):
+        read_folder(tmp_path, "names")

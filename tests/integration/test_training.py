@@ -178,8 +178,11 @@ def test_loss_falls(train):
     "settings",
     [
         ("trainer.precision=bf16-mixed",),
-        ("training.channels_last=false",),
-        ("model=vae", "model.latent=flat", "objective.warmup_steps=2", "objective.free_bits=0.1"),
+        pytest.param(("training.channels_last=false",), marks=pytest.mark.slow),
+        pytest.param(
+            ("model=vae", "model.latent=flat", "objective.warmup_steps=2", "objective.free_bits=0.1"),
+            marks=pytest.mark.slow,
+        ),
         ("residual=gradient", "image.channels=3", "image.max_side=40", "smoothing.sigma=0", "augment=flips"),
     ],
     ids=["bf16", "contiguous", "flat vae", "colour"],

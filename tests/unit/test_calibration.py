@@ -349,6 +349,155 @@ def test_p_values_of_normal_images_are_not_too_small():
         assert count <= stats.binom.ppf(1 - UNLIKELY, repeats, alpha)
 
 
+# --- by class -----------------------------------------------------------------------------------------------------
+
+CLASSES = ("calm", "wild")
+
+
+def two_classes(rng, n, share=0.75):
+    """Scores and classes of n images: of "wild" ones, the scores are a hundred times as large."""
+    labels = ["calm" if calm else "wild" for calm in rng.random(n) < share]
+    scores = [float(rng.exponential(1 if label == "calm" else 100)) for label in labels]
+    return scores, labels
+
+
+def fit_by_class(scores, labels, promise, units=None):
+    names = [str(number) for number in range(len(scores))] if units is None else units
+    return Calibration.fit_by_class(scores, names, labels, CLASSES, promise, "fingerprint", made={"seed": 3})
+
+
+def by_class(seed=0, n=(60, 25), **promise):
+    rng = np.random.default_rng(seed)
+    scores = [*rng.exponential(1, n[0]), *rng.exponential(100, n[1])]
+    return fit_by_class(scores, ["calm"] * n[0] + ["wild"] * n[1], Promise(0.1, by_class=True, **promise))
+
+
+def test_by_class_each_class_has_its_alpha_where_one_threshold_gives_all_alarms_to_one_class():
+    rng, repeats, n = np.random.default_rng(0), 2000, (57, 23)
+    promise = Promise(0.1)
+    pooled, own = (dict.fromkeys(CLASSES, 0) for _ in range(2))
+    for _ in range(repeats):
+        scores = [*rng.exponential(1, n[0]), *rng.exponential(100, n[1])]
+        labels = ["calm"] * n[0] + ["wild"] * n[1]
+        one, each = fit(scores, promise), fit_by_class(scores, labels, Promise(0.1, by_class=True))
+        for label, scale in zip(CLASSES, (1, 100), strict=True):
+            new = rng.exponential(scale)
+            pooled[label] += new > one.threshold
+            own[label] += new > each.of(label).threshold
+            assert (new > each.of(label).threshold) == (each.of(label).p_value(new) <= 0.1)
+    for label, count in zip(CLASSES, n, strict=True):
+        rate = (count + 1 - promise.rank(count)) / (count + 1)
+        low, high = stats.binom.ppf([5e-5, 1 - 5e-5], repeats, rate)
+        assert low <= own[label] <= high
+    assert pooled["calm"] == 0
+    assert pooled["wild"] > stats.binom.ppf(1 - 1e-4, repeats, 0.25)
+
+
+def test_by_class_the_alarms_of_one_calibration_follow_the_beta_binomial_law():
+    rng, many = np.random.default_rng(1), 5000
+    scores, labels = two_classes(rng, 400)
+    card = fit_by_class(scores, labels, Promise(0.1, by_class=True))
+    for label, scale in zip(CLASSES, (1, 100), strict=True):
+        part = card.of(label)
+        assert part.n == labels.count(label)
+        low, high = stats.betabinom.ppf([5e-5, 1 - 5e-5], many, part.n + 1 - part.rank, part.rank)
+        assert low <= (rng.exponential(scale, many) > part.threshold).sum() <= high
+
+
+@pytest.mark.parametrize("rule", ["marginal", "pac"])
+def test_card_by_class_survives_json(rule):
+    card = by_class(n=(80, 40), rule=rule)
+    again = Calibration.from_dict(json.loads(json.dumps(card.to_dict())))
+    assert again == card and again.to_dict() == card.to_dict()
+    assert again.thresholds == {label: card.of(label).threshold for label in CLASSES}
+    assert again.n == again.images == 120
+
+
+def test_cards_from_before_there_were_classes_are_read():
+    card = fit(range(30), Promise(0.1))
+    old = card.to_dict()
+    del old["promise"]["by_class"]
+    assert Calibration.from_dict(json.loads(json.dumps(old))) == card
+    assert card.of(None) is card and card.of("any") is card and card.parts == {None: card}
+
+
+@pytest.mark.parametrize("place", ["threshold", "rank", "units"])
+def test_card_by_class_that_contradicts_its_scores_is_refused(place):
+    content = by_class().to_dict()
+    content["classes"]["wild"][place] += 1
+    with pytest.raises(CalibrationError, match="contradicts its own scores"):
+        Calibration.from_dict(content)
+
+
+@pytest.mark.parametrize("missing", ["classes", "images", "mask_rule"])
+def test_incomplete_card_by_class_is_refused(missing):
+    content = by_class().to_dict()
+    del content[missing]
+    with pytest.raises(CalibrationError, match="incomplete or damaged"):
+        Calibration.from_dict(content)
+
+
+def test_too_few_in_one_class_are_refused_by_name():
+    with pytest.raises(CalibrationError) as refusal:
+        by_class(n=(60, 7))
+    assert str(refusal.value) == (
+        "7 calibration images of the class 'wild' are too few for alpha = 0.1 (marginal) in each class: it needs 9; "
+        "add normal images, train with fewer templates or a larger split.calibration, set calibration.alpha=0.125, or "
+        "calibration.by_class=false."
+    )
+    with pytest.raises(CalibrationError, match=r"^0 .* 'wild' .* needs 9 \(so have 1 of the 1 others\); .* higher, or"):
+        by_class(n=(3, 0))
+
+
+def test_another_alpha_by_class_needs_the_scores_only():
+    card = by_class()
+    moved = card.with_promise(Promise(0.05, by_class=True))
+    assert all(moved.of(label).scores == card.of(label).scores for label in CLASSES)
+    assert all(moved.of(label).threshold == fit(card.of(label).scores, Promise(0.05)).threshold for label in CLASSES)
+    with pytest.raises(CalibrationError, match=r"^25 .* 'wild' .* set calibration.alpha=0.0385"):
+        card.with_promise(Promise(0.02, by_class=True))
+    for calibration, promise in ((card, Promise(0.1)), (fit(range(30), Promise(0.1)), card.promise)):
+        with pytest.raises(CalibrationError, match="needs a card for each class"):
+            calibration.with_promise(promise)
+
+
+def test_card_by_class_has_no_threshold_for_all():
+    card = by_class()
+    for ask in (lambda: card.threshold, lambda: card.rank, lambda: card.p_value(1.0)):
+        with pytest.raises(CalibrationError, match="no threshold for all"):
+            ask()
+    for label, found in (("tame", "'tame'"), (None, "none")):
+        with pytest.raises(CalibrationError, match=rf"expected one of its classes \(calm, wild\), found {found}\.$"):
+            card.of(label)
+
+
+def test_a_unit_counts_once_in_each_of_its_classes():
+    scores, labels = [1.0, 5.0, 2.0, 9.0, 3.0], ["calm", "wild", "calm", "wild", "wild"]
+    card = fit_by_class(scores, labels, Promise(0.5, by_class=True), ["a", "a", "a", "b", "b"])
+    assert card.of("calm").scores == (2.0,) and card.of("wild").scores == (5.0, 9.0)
+    assert (card.of("calm").images, card.of("wild").images, card.images) == (2, 3, 5)
+
+
+def test_promise_by_class_in_words_spans_the_classes():
+    card = by_class()
+    rates = [1000 * (n + 1 - Promise(0.1).rank(n)) / (n + 1) for n in (60, 25)]
+    most = math.ceil(1000 * max(Promise(0.1).rate_limit(n) for n in (60, 25)))
+    words = card.in_words()
+    assert words.startswith(
+        "of 1000 normal images of each class (2 classes, each with its own threshold) expect about "
+    )
+    assert f"about {min(rates):.0f} to {max(rates):.0f} false alarms" in words
+    assert words.endswith(f"no more than {most}; from 85 calibration images")
+
+
+def test_by_class_settings_that_make_no_sense_are_refused():
+    assert read_settings({"by_class": True})[0] == Promise(by_class=True)
+    with pytest.raises(ConfigError, match=r"calibration\.by_class to be true or false, found 1"):
+        Promise(by_class=1)
+    with pytest.raises(ConfigError, match="parametric_noise assumes one threshold for all"):
+        read_settings({"by_class": True, "mask_rule": "parametric_noise"})
+
+
 # --- units --------------------------------------------------------------------------------------------------------
 
 
@@ -523,7 +672,7 @@ def test_every_finite_score_survives_json(scores):
 def test_card_states_what_was_promised():
     calibration = calibrated(Promise(0.3, "pac", 0.01))
     card = calibration.to_dict()
-    assert card["promise"] == {"alpha": 0.3, "rule": "pac", "delta": 0.01}
+    assert card["promise"] == {"alpha": 0.3, "rule": "pac", "delta": 0.01, "by_class": False}
     assert (card["units"], card["images"], card["fingerprint"]) == (30, 60, "fingerprint")
     assert card["rank"] == Promise(0.3, "pac", 0.01).rank(30)
     assert card["threshold"] == sorted(card["scores"])[card["rank"] - 1]

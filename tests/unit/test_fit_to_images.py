@@ -15,9 +15,9 @@ from blemish.training.run import fit_to_images
 COLOUR = (40, 40, 3)
 
 
-def settings(channels=None, tile=None, **image):
+def settings(channels=None, tile=None, model="blemish.models.autoencoder.ConvAutoencoder", **image):
     image = {"channels": channels, "size": None, "short_side": None, "max_side": None} | image
-    return OmegaConf.create({"image": image, "tiling": {"size": tile, "overlap": 0.25}})
+    return OmegaConf.create({"model": {"_target_": model}, "image": image, "tiling": {"size": tile, "overlap": 0.25}})
 
 
 @pytest.fixture
@@ -31,6 +31,16 @@ def fitted(tmp_path, save):
         return config.image.channels, config.tiling.size
 
     return fit
+
+
+@pytest.mark.parametrize(
+    ("image", "tile"), [({}, 96), ({"size": 100}, 100), ({"short_side": 64}, 64), ({"short_side": 192}, 96)]
+)
+def test_a_model_that_compares_whole_images_gets_squares(tmp_path, save, image, tile):
+    path = save(tmp_path / "a.png", np.zeros((100, 140), np.uint8))
+    config = settings(model="blemish.models.reference.TemplateBank", **image)
+    fit_to_images(config, [path])
+    assert (config.image.size, config.image.short_side, config.tiling.size) == (tile, None, tile)
 
 
 @pytest.mark.parametrize(

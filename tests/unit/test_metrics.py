@@ -23,7 +23,7 @@ THRESHOLD = 0.5
 
 def predicted(score_map):
     score = float(score_map.max())
-    return Prediction(score_map, score, 0.5, score > THRESHOLD, score_map > THRESHOLD, [])
+    return Prediction(score_map, score, 0.5, score > THRESHOLD, score_map > THRESHOLD, [], THRESHOLD)
 
 
 def map_of(seed, top, size=(12, 10)):

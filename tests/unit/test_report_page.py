@@ -146,7 +146,7 @@ def test_the_slider_has_the_cards_alpha_and_each_threshold_is_the_conformal_one(
     facts = report(tmp_path).facts
     own = facts["steps"][facts["own"]]
     assert own["alpha"] == 0.0123
-    assert own["threshold"] == card.threshold
+    assert own["thresholds"] == own["lines"] == [card.threshold]
     alphas = [step["alpha"] for step in facts["steps"]]
     assert alphas == sorted(set(alphas))
     assert 50 <= len(alphas) <= 70
@@ -156,7 +156,7 @@ def test_the_slider_has_the_cards_alpha_and_each_threshold_is_the_conformal_one(
     for step in facts["steps"]:
         rank = int(np.ceil(np.round(451 * (1 - step["alpha"]), 9)))
         assert step["promised"] is (rank <= 450)
-        assert step["threshold"] == scores[min(rank, 450) - 1]
+        assert step["thresholds"] == [scores[min(rank, 450) - 1]]
 
 
 def test_where_the_promise_stops_the_step_says_how_many_are_needed(tmp_path):
@@ -166,13 +166,13 @@ def test_where_the_promise_stops_the_step_says_how_many_are_needed(tmp_path):
     assert step["promised"] is False
     assert "No promise" in step["words"]
     assert "99 needed, 63 available" in step["words"]
-    assert step["threshold"] == max(card.scores)
+    assert step["thresholds"] == [max(card.scores)]
 
 
 def test_false_alarms_are_counted_at_every_step(folder):
     facts = report(folder).facts
     for step in facts["steps"]:
-        alarms = sum(0.1 + 0.01 * i > step["threshold"] for i in range(20))
+        alarms = sum(0.1 + 0.01 * i > step["thresholds"][0] for i in range(20))
         assert step["normals"].startswith(f"{alarms / 20:.1%} of 20 good images")
     assert {step["normals"].partition(" ")[0] for step in facts["steps"]} > {"0.0%"}
 
@@ -196,7 +196,7 @@ def test_a_threshold_that_rests_on_an_assumption_is_no_promise(tmp_path):
     assert "not the absolute value of Gaussian noise" in page.text
     assert "expect about" not in page.text
     assert [step["promised"] for step in page.facts["steps"]] == [False] * len(page.facts["steps"])
-    assert len({step["threshold"] for step in page.facts["steps"]}) == len(page.facts["steps"])
+    assert len({step["thresholds"][0] for step in page.facts["steps"]}) == len(page.facts["steps"])
 
 
 def test_text_from_files_ends_neither_scripts_nor_elements(tmp_path):
@@ -271,8 +271,8 @@ def test_predictions_have_no_truth_and_link_their_files(tmp_path):
     assert page.facts["kinds"] == []
     first, second = page.rows
     assert first[1:5] == [None, 0.9, card.p_value(0.9), 0.03]
-    assert first[5:] == ["a%201%23.png", "heatmaps/a%201%23.png", "", True]
-    assert second[5:] == ["", "", "", True]
+    assert first[5:9] == ["a%201%23.png", "heatmaps/a%201%23.png", "", True]
+    assert second[5:9] == ["", "", "", True]
     assert [group["name"] for group in page.facts["histogram"]["groups"]] == ["calibration, good", "predicted"]
     assert "Missed" not in page.text
     assert "50.0% of the images are anomalous" in page.text

@@ -7,12 +7,12 @@ import pytest
 import torch
 from piq.functional import similarity_map
 from scipy import ndimage
-from skimage.metrics import structural_similarity
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
 
 from blemish.errors import ConfigError
-from blemish.residuals import L1, L2, SSIM, GradientMagnitude, MultiScaleSSIM, WeightedSum
+from blemish.residuals import L1, L2, PSNR, SSIM, GradientMagnitude, MultiScaleSSIM, WeightedSum
 
 PUBLISHED_WEIGHTS = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333], dtype=torch.float64)
 # A float32 mean of squares is off by about 1e-7, which SSIM divides by its constant of 9e-4.
@@ -20,6 +20,7 @@ SSIM_ROUNDING = 1e-4
 EVERY = {
     "l1": L1,
     "l2": L2,
+    "psnr": PSNR,
     "ssim": SSIM,
     "ms_ssim": lambda: MultiScaleSSIM(3),
     "gradient": GradientMagnitude,
@@ -114,8 +115,8 @@ def test_gradient_finite_where_equal(make):
 
 @pytest.mark.parametrize(
     "residual",
-    [L1(), L2(), SSIM(), MultiScaleSSIM(2), GradientMagnitude(2)],
-    ids=["l1", "l2", "ssim", "ms_ssim", "gradient"],
+    [L1(), L2(), PSNR(), SSIM(), MultiScaleSSIM(2), GradientMagnitude(2)],
+    ids=["l1", "l2", "psnr", "ssim", "ms_ssim", "gradient"],
 )
 def test_gradient_is_the_slope(residual):
     generator = torch.Generator().manual_seed(0)
@@ -136,6 +137,33 @@ def test_l1_and_l2_against_numpy(channels):
     difference = x.double().numpy() - y.double().numpy()
     np.testing.assert_allclose(L1()(x, y)[:, 0], np.abs(difference).mean(axis=1), atol=1e-7)
     np.testing.assert_allclose(L2()(x, y)[:, 0], (difference**2).mean(axis=1), atol=1e-7)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("error", [0.002, 0.05, 0.5, 1.0])
+def test_psnr_against_skimage_where_the_error_is_constant(channels, error):
+    x = torch.zeros(1, channels, 16, 20)
+    decibels = peak_signal_noise_ratio(x.double().numpy(), x.double().numpy() + error, data_range=1)
+    assert PSNR()(x, x + error).numpy() == pytest.approx(1 - decibels / 60, abs=1e-5)
+    assert PSNR(cap=80)(x, x + error).numpy() == pytest.approx(1 - decibels / 80, abs=1e-5)
+
+
+def test_psnr_against_scipy_up_to_the_border():
+    x, y = textures((1, 1, 31, 44))
+    error = ndimage.gaussian_filter((x - y)[0, 0].double().numpy() ** 2, 1.5, truncate=3.5, mode="mirror")
+    np.testing.assert_allclose(PSNR()(x, y)[0, 0], 1 + 10 * np.log10(error) / 60, atol=1e-5)
+
+
+def test_psnr_is_zero_up_to_its_cap():
+    x = torch.zeros(1, 1, 16, 16)
+    assert (PSNR(cap=40)(x, x + 0.0099) == 0).all()
+    assert (PSNR(cap=40)(x, x + 0.0101) > 0).all()
+
+
+@pytest.mark.parametrize("cap", [0, -60.0, float("nan")])
+def test_psnr_refuses_a_cap_that_is_none(cap):
+    with pytest.raises(ConfigError, match=r"residual\.cap > 0, in decibels, found"):
+        PSNR(cap)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 57)])
@@ -320,6 +348,7 @@ def test_weighted_sum_refuses_weights_that_do_not_fit(terms, weights):
 @pytest.mark.parametrize(
     ("residual", "smallest"),
     [
+        (PSNR(), 6),
         (SSIM(), 6),
         (MultiScaleSSIM(1), 6),
         (MultiScaleSSIM(4), 48),

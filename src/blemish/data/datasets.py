@@ -69,15 +69,15 @@ class TrainingTiles(Dataset[Tensor]):
     """
 
     def __init__(self, images: ImageCache, size: int, seed: int, augment: Augmentation | None = None) -> None:
-        self._images, self._size, self._seed, self._augment = images, size, seed, augment
+        self.images, self._size, self._seed, self._augment = images, size, seed, augment
         self._pass, self._order = -1, np.arange(0)
 
     def _image_at(self, position: int) -> Pixels:
-        number, place = divmod(position, len(self._images))
+        number, place = divmod(position, len(self.images))
         if number != self._pass:
             self._pass = number
-            self._order = np.random.default_rng([self._seed, 0, number]).permutation(len(self._images))
-        return self._images[int(self._order[place])]
+            self._order = np.random.default_rng([self._seed, 0, number]).permutation(len(self.images))
+        return self.images[int(self._order[place])]
 
     def _start(self, rng: np.random.Generator, side: int) -> int:
         """Where a tile begins. Drawn from a quarter of a tile outside the image on, and moved in.
@@ -117,6 +117,11 @@ class ValidationTiles(Dataset[Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def sources(self) -> list[int]:
+        """The number of the image that each tile is of."""
+        return [image for image, _, _ in self._places]
 
     def __getitem__(self, index: int) -> Tensor:
         return self.__getitems__([index])

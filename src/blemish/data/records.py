@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from blemish.data.images import IMAGE_SUFFIXES, is_image, list_images
-from blemish.errors import DataError
+from blemish.errors import ConfigError, DataError
 
 Split = Literal["train", "validation", "calibration", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
@@ -20,7 +20,8 @@ NORMAL = "good"
 class Record:
     """One image: `kind` is "good" or the name of its defect; `split` None leaves the choice to the splitter.
 
-    `group` names what images have in common (part, lot, roll): a group never lies in two splits.
+    `group` names what images have in common (part, lot, roll): a group never lies in two splits. `label` names the
+    class of part, where the data tell it.
     """
 
     path: Path
@@ -28,6 +29,7 @@ class Record:
     mask: Path | None = None
     split: Split | None = None
     group: str | None = None
+    label: str | None = None
 
     @property
     def is_normal(self) -> bool:
@@ -53,12 +55,30 @@ class Records:
         return self.images
 
 
-def read_folder(root: str | Path) -> Records:
-    """Every image below `root`, in any nesting, is defect-free."""
+def read_folder(root: str | Path, classes: str | None = None) -> Records:
+    """Every image below `root`, in any nesting, is defect-free.
+
+    `classes`: "folders" makes the name of the folder directly below `root` the class of part; None names no class.
+
+    Raises:
+        ConfigError: `classes` is something else. DataError: the folder is missing, or has the MVTec AD layout.
+    """
     root = Path(root)
+    if classes not in (None, "folders"):
+        raise ConfigError(f"Expected data.classes to be folders or null, found '{classes}'.")
     if (root / "train" / NORMAL).is_dir() and (root / "test").is_dir():
         raise DataError(f"{root} has the MVTec AD layout, its test part holds defects: use data=mvtec.")
-    return Records([Record(path) for path in list_images(root)])
+    paths = list_images(root)
+    if classes is None:
+        return Records([Record(path) for path in paths])
+    return Records(
+        [Record(path, label=path.relative_to(root).parts[0]) for path in paths if path.parent != root],
+        [
+            f"{path} lies in no folder below {root}, which would name its class: move it."
+            for path in paths
+            if path.parent == root
+        ],
+    )
 
 
 def read_mvtec(root: str | Path) -> Records:
@@ -101,11 +121,11 @@ def _masks_by_image(root: Path) -> dict[tuple[str, str], Path]:
 
 
 def read_manifest(root: str | Path, manifest: str = "manifest.csv") -> Records:
-    """A CSV file with the columns path, label, and optionally mask, split, group; paths are relative to it.
+    """A CSV file with the columns path, label, and optionally mask, split, group, class; paths are relative to it.
 
     `root` is the CSV file, or the folder that holds one called `manifest`. `label` is "good" (or "normal") or
     the name of the defect. `split` is train, validation, calibration or test; left empty, defect-free images
-    are split by blemish and defective ones go to the test part.
+    are split by blemish and defective ones go to the test part. `class` is the class of part.
 
     Raises:
         DataError: the file is missing or malformed, a defective image is not in the test part, a path is missing.
@@ -114,7 +134,7 @@ def read_manifest(root: str | Path, manifest: str = "manifest.csv") -> Records:
     file = file / manifest if file.is_dir() else file
     if not file.is_file():
         raise DataError(
-            f"Manifest {file} does not exist: expected a CSV file with columns path,label,mask,split,group."
+            f"Manifest {file} does not exist: expected a CSV file with columns path,label,mask,split,group,class."
         )
     images: list[Record] = []
     problems: list[str] = []
@@ -124,10 +144,10 @@ def read_manifest(root: str | Path, manifest: str = "manifest.csv") -> Records:
         raise DataError(f"Manifest {file} is not in UTF-8: save it as CSV UTF-8.") from error
     reader = csv.DictReader(text.splitlines())
     columns = set(reader.fieldnames or ())
-    if not {"path", "label"} <= columns or columns - {"path", "label", "mask", "split", "group"}:
+    if not {"path", "label"} <= columns or columns - {"path", "label", "mask", "split", "group", "class"}:
         raise DataError(
             f"Manifest {file} has the columns {', '.join(reader.fieldnames or ['(none)'])}; expected path and label, "
-            "and optionally mask, split, group."
+            "and optionally mask, split, group, class."
         )
     lines: dict[Path, int] = {}
     for number, row in enumerate(reader, start=2):
@@ -168,7 +188,7 @@ def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[Record 
     if mask is not None and not mask.is_file():
         return None, f"{where} names the mask {mask}, which does not exist: restore it or empty the field."
     part: Split | None = "test" if kind != NORMAL else _as_split(split)
-    return Record(path, kind, mask, part, row.get("group") or None), None
+    return Record(path, kind, mask, part, row.get("group") or None, row.get("class") or None), None
 
 
 def _as_split(text: str) -> Split | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,12 @@ def synthetic_defects_figure(
             told.append((defect.kind, defect.mask))
             yield defect.image
 
-    maps = detector.score_maps(pictures())
+    images_scored = chain.from_iterable(detector.score_batches(pictures()))
     total = len(pairs) + min(len(pairs), len(chosen))
-    bar = tqdm(maps, "measuring", total, unit="image", disable=not progress, leave=False)
-    for number, score_map in enumerate(bar):
+    bar = tqdm(images_scored, "measuring", total, unit="image", disable=not progress, leave=False)
+    for number, scored in enumerate(bar):
         kind, mask = told[number]
-        evaluation.add(kind, detector.decide(score_map), mask)
+        evaluation.add(kind, detector.decide(scored.score_map, scored.label), mask)
         told[number] = (kind, None)  # masks are not kept
     result = evaluation.result()
     return {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Gaussian(NamedTuple):
@@ -48,6 +49,9 @@ class Output(NamedTuple):
     latents: the levels of the code's distribution, for models that have one.
     penalty: a scalar >= 0 that the model wants minimised beside the residual, for models that have one.
     repaired: (B, 1, h, w) logits of the model's own belief that it repaired a pixel, for models that have one.
+    valid: (B, 1, h, w) bool, False where there is nothing to compare with; None if there is something everywhere.
+    spread: (B, 1, h, w) > 0, how much normal tiles differ from what is expected at each place, for models that know.
+    choice: (B,) int64, which of the model's `classes` (see `classes_of`) each tile is most like, for models that tell.
     """
 
     observed: Tensor
@@ -55,3 +59,30 @@ class Output(NamedTuple):
     latents: tuple[Latent, ...] = ()
     penalty: Tensor | None = None
     repaired: Tensor | None = None
+    valid: Tensor | None = None
+    spread: Tensor | None = None
+    choice: Tensor | None = None
+
+
+@runtime_checkable
+class Fittable(Protocol):
+    """A model that learns of normal tiles without gradients, and keeps what it has learned in buffers.
+
+    whole_image: it compares whole images, so a tile must be one.
+    """
+
+    whole_image: bool
+
+    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
+        """Tiles (B, C, H, W) in [0, 1], as the model will see them; may be gone through several times.
+
+        `labels`: the class of part of each tile, where the data name it.
+        """
+
+
+def classes_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classes of parts that a model tells apart by `Output.choice`; none, for most.
+
+    Such a model compares whole images, so that an image is of one class.
+    """
+    return tuple(getattr(model, "classes", ()))

@@ -23,7 +23,7 @@ _SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 @dataclass(frozen=True)
 class Row:
-    """An image of the table; `kind` is None where the truth is not known."""
+    """An image of the table; `kind` is None where the truth is not known, `label` where no class of part is."""
 
     path: str
     kind: str | None
@@ -33,6 +33,7 @@ class Row:
     flagged: bool
     heatmap: str
     mask: str
+    label: str | None
 
 
 def interest(kind: str | None, flagged: bool, score: float) -> tuple[bool, bool, float]:
@@ -105,6 +106,7 @@ def _row(cells: Mapping[str, Any]) -> Row:
         flagged=cells["decision"] == "anomalous",
         heatmap=cells.get("heatmap") or "",
         mask=cells.get("mask") or "",
+        label=cells.get("class") or None,
     )
 
 
@@ -122,9 +124,12 @@ def links(folder: Path, row: Row) -> tuple[str, str, str, bool]:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures as data addresses by path and name, paths in order of interest, and the threshold of the heat maps."""
+    """Pictures as data addresses by path and name, paths in order of interest, and the threshold of the heat maps.
 
-    threshold: float | None = None
+    `threshold`: by class, where the calibration was.
+    """
+
+    threshold: float | dict[str, float] | None = None
     order: Sequence[str] = ()
     pictures: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -141,7 +146,10 @@ def read_gallery(path: Path, budget: int) -> Gallery:
                 if budget < 0:
                     break
                 pictures[entry["path"]] = made
-            return Gallery(float(index["threshold"]), [entry["path"] for entry in index["images"]], pictures)
+            threshold = index["threshold"]
+            if not isinstance(threshold, dict):
+                threshold = float(threshold)
+            return Gallery(threshold, [entry["path"] for entry in index["images"]], pictures)
     except FileNotFoundError:
         return Gallery()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:

@@ -30,11 +30,15 @@ _LARGE = 2**22  # pixels, from which scoring an image again would take longer th
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of the gallery, the mask of its true defects and its score map as TIFF, where there is one."""
+    """An image of the gallery, the mask of its true defects and its score map as TIFF, where there is one.
+
+    `label`: the class of part that goes with the score map.
+    """
 
     path: Path
     truth: Path | None = None
     score_map: Path | None = None
+    label: str | None = None
 
     @property
     def is_large(self) -> bool:
@@ -58,7 +62,7 @@ def write_gallery(out: Path, detector: Detector, images: Sequence[Shown], progre
             if scored.pixels is None or scored.score_map is None:
                 continue
             size = scored.score_map.shape
-            pictures = _thumbnails(detector, scored.pixels, scored.score_map, scored.expected)
+            pictures = _thumbnails(detector, scored, scored.pixels, scored.score_map)
             if shown.truth is not None:
                 pictures["truth"] = _png(_shrink_to_largest(read_mask(shown.truth, size).astype(np.uint8)) > 0)
             names = {}
@@ -67,7 +71,7 @@ def write_gallery(out: Path, detector: Detector, images: Sequence[Shown], progre
                 names[name] = f"{number}/{name}.{suffix}"
                 archive.writestr(names[name], content)
             index.append({"path": str(shown.path), "width": size[1], "height": size[0], "pictures": names})
-        archive.writestr("index.json", json.dumps({"threshold": detector.card.threshold, "images": index}))
+        archive.writestr("index.json", json.dumps({"threshold": detector.card.thresholds, "images": index}))
 
 
 def _scored(detector: Detector, images: Sequence[Shown]) -> Iterator[ScoredFile]:
@@ -86,20 +90,18 @@ def _read(shown: Shown) -> ScoredFile:
     except ImageError as error:
         return ScoredFile(shown.path, None, None, None, 0.0, str(error))
     with Image.open(shown.score_map) as tiff:
-        return ScoredFile(shown.path, pixels, np.asarray(tiff, np.float32), None, 0.0)
+        return ScoredFile(shown.path, pixels, np.asarray(tiff, np.float32), None, 0.0, label=shown.label)
 
 
-def _thumbnails(
-    detector: Detector, pixels: Pixels, score_map: FloatArray, expected: FloatArray | None
-) -> dict[str, bytes]:
+def _thumbnails(detector: Detector, scored: ScoredFile, pixels: Pixels, score_map: FloatArray) -> dict[str, bytes]:
     """The encoded pictures of one image."""
     pictures = {"observed": _webp(_shrink(as_rgb(pixels)))}
-    if expected is not None:
-        picture = as_rgb((expected.clip(0, 1) * 255).round().astype(np.uint8))
+    if scored.expected is not None:
+        picture = as_rgb((scored.expected.clip(0, 1) * 255).round().astype(np.uint8))
         pictures["expected"] = _webp(_shrink(picture, score_map.shape))
-    pictures["heat"] = _webp(colour(_shrink_to_largest(score_map), detector.card.threshold))
-    mask = detector.decide(score_map).mask
-    return pictures | {"mask": _png(_shrink_to_largest(mask.astype(np.uint8)) > 0)}
+    decided = detector.decide(score_map, scored.label)
+    pictures["heat"] = _webp(colour(_shrink_to_largest(score_map), decided.threshold))
+    return pictures | {"mask": _png(_shrink_to_largest(decided.mask.astype(np.uint8)) > 0)}
 
 
 def _fitting(size: Sequence[int]) -> tuple[int, int]:

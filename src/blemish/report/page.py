@@ -44,7 +44,8 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` into a results folder, and return its path.
 
     Raises:
-        DataError: the card is missing, a file is damaged, or the scores are of another mask rule than the card's.
+        DataError: the card is missing, a file is damaged, or the scores are of another mask rule than the card's, or
+            of classes that it does not know.
     """
     card = read_card(folder)
     table, images, errors = read_rows(folder)
@@ -55,6 +56,11 @@ def write_report(folder: Path) -> Path:
             f"The scores in {folder} are those of the mask rule {scored_by}, the calibration has "
             f"{card.mask_rule.to_dict()}: run `blemish evaluate` again."
         )
+    if card.classes and any(image.label not in card.classes for image in images):
+        raise DataError(
+            f"The calibration is by class, and {folder / table} has images of no class that it knows: run the verb "
+            "that wrote the table again."
+        )
     addresses = {image.path: links(folder, image) for image in images}
     rest = len(get_plotlyjs()) + len(_json(list(addresses.items()))) + 100 * len(images) + _REST_OF_PAGE
     gallery = read_gallery(folder / GALLERY_FILE, min(_LARGEST_GALLERY, _LARGEST_PAGE - rest))
@@ -62,7 +68,8 @@ def write_report(folder: Path) -> Path:
     images = sorted(images, key=lambda i: (place.get(i.path, len(place)), interest(i.kind, i.flagged, i.score)))
 
     kinds = sorted({image.kind for image in images if image.kind is not None}, key=lambda kind: (kind != NORMAL, kind))
-    steps = _steps(card, [image.score for image in images if image.kind == NORMAL])
+    steps = _steps(card, [image for image in images if image.kind == NORMAL])
+    parts = list(card.parts)
     facts = {
         "steps": steps,
         "own": next(place for place, step in enumerate(steps) if step["alpha"] == card.promise.alpha),
@@ -72,7 +79,10 @@ def write_report(folder: Path) -> Path:
         "curves": dict(_curves(curves)),
     }
     rows = [
-        (i.path, kinds.index(i.kind) if i.kind else None, i.score, i.p_value, i.q_value, *addresses[i.path])
+        (
+            *(i.path, kinds.index(i.kind) if i.kind else None, i.score, i.p_value, i.q_value, *addresses[i.path]),
+            *(i.label, parts.index(i.label) if card.classes else 0),
+        )
         for i in images
     ]
     page = _template().render(
@@ -86,7 +96,7 @@ def write_report(folder: Path) -> Path:
         figures=_figures(metrics),
         errors=errors,
         image_count=len(images),
-        drawn_at=card.threshold if gallery.threshold is None else gallery.threshold,
+        drawn_at=card.thresholds if gallery.threshold is None else gallery.threshold,
         made=_made(card, metrics.get("made") or read_json(folder / "predict.json")),
         unpromised=sum(not step["promised"] for step in steps),
         has_masks=any(curve.get("pro") for _, curve in _curves(curves)),
@@ -117,30 +127,43 @@ def _json(data: Any) -> Markup:
     return Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 
 
-def _steps(card: Calibration, normals: Sequence[float]) -> list[dict[str, Any]]:
-    """What holds at each position of the slider: alpha, threshold, promise in words, false alarms among `normals`."""
+def _unit(card: Calibration) -> float:
+    """What scores are shown in: where each class has a threshold of its own, in units of it."""
+    return card.threshold or 1.0
+
+
+def _steps(card: Calibration, normals: Sequence[Row]) -> list[dict[str, Any]]:
+    """What holds at each position of the slider: alpha, thresholds, promise in words, false alarms among `normals`.
+
+    `thresholds` has one for each of the card's parts, `lines` those to draw in the histogram.
+    """
     between = (float(f"{alpha:.2g}") for alpha in np.geomspace(_ROUND_ALPHAS[0], _ROUND_ALPHAS[-1], 54))
-    scores = np.asarray(normals)
+    fewest = min(card.parts.values(), key=lambda part: part.n)
     steps = []
     for alpha in sorted({*between, *_ROUND_ALPHAS, card.promise.alpha}):
         promise = replace(card.promise, alpha=alpha)
         try:
             moved = card.with_promise(promise)
         except CalibrationError:
-            threshold, promised = card.scores[-1], False
+            thresholds, promised = {label: part.scores[-1] for label, part in card.parts.items()}, False
             words = (
-                f"No promise at alpha = {alpha:g}: {promise.needed} needed, {card.n} available. The decisions shown "
-                "are those at the largest calibration score."
+                f"No promise at alpha = {alpha:g}: {promise.needed} needed, {fewest.n} available"
+                f"{' in the smallest class' if card.classes else ''}. The decisions shown are those at the largest "
+                f"calibration score{' of each class' if card.classes else ''}."
             )
         else:
-            threshold, promised, words = moved.threshold, moved.noise is None, _in_plain_words(moved)
+            thresholds = {label: part.threshold for label, part in moved.parts.items()}
+            promised, words = moved.noise is None, _in_plain_words(moved)
+        alarms = sum(image.score > thresholds[image.label if card.classes else None] for image in normals)
+        units = [_unit(part) if card.classes else 1.0 for part in card.parts.values()]
         steps.append(
             {
                 "alpha": alpha,
-                "threshold": threshold,
+                "thresholds": list(thresholds.values()),
+                "lines": sorted({value / unit for value, unit in zip(thresholds.values(), units, strict=True)}),
                 "promised": promised,
                 "words": words,
-                "normals": _of_normals(int((scores > threshold).sum()), len(scores)) if normals else "",
+                "normals": _of_normals(alarms, len(normals)) if normals else "",
             }
         )
     return steps
@@ -149,10 +172,11 @@ def _steps(card: Calibration, normals: Sequence[float]) -> list[dict[str, Any]]:
 def _in_plain_words(card: Calibration) -> str:
     if card.noise is not None:
         return f"An assumption, not a promise: {card.in_words().partition(': ')[2]}."
-    expected = 1000 * (card.n + 1 - card.promise.rank(card.n)) / (card.n + 1)
-    most = math.ceil(1000 * card.promise.rate_limit(card.n))
-    about = f"{expected:.{0 if expected >= 10 else 1}f}"
+    expected = (1000 * rate for rate in card.expected_rates())
+    about = " to ".join(dict.fromkeys(f"{rate:.{0 if rate >= 10 else 1}f}" for rate in expected))
+    most = math.ceil(1000 * card.rate_limit())
     things = "good parts" if card.n == card.images else "good groups of images"
+    things += " of each class" if card.classes else ""
     return f"Of 1000 {things} expect about {about} false alarms; with 95{_NBSP}% confidence no more than {most}."
 
 
@@ -205,35 +229,41 @@ def _figures(metrics: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _warnings(card: Calibration, images: Sequence[Row], drawn_at: float | None) -> Iterator[str]:
+def _warnings(card: Calibration, images: Sequence[Row], drawn_at: float | Mapping[str, float] | None) -> Iterator[str]:
     if card.noise is not None:
         yield "The threshold assumes Gaussian noise. It is not calibrated: no false-alarm rate is promised."
         yield from (f"{warning[0].upper()}{warning[1:]}." for warning in card.noise.warnings())
-    changed = sum(image.flagged != (image.score > card.threshold) for image in images)
+    changed = sum(image.flagged != (image.score > card.of(image.label).threshold) for image in images)
     if changed:
         yield (
             f"{changed} of {len(images)} decisions in the table are not those of this card: it was recalibrated since. "
             "Run `blemish evaluate` or `blemish predict` again."
         )
-    if drawn_at is not None and drawn_at != card.threshold:
+    if drawn_at is not None and drawn_at != card.thresholds:
         yield "The pictures were drawn at another threshold than the card's: it was recalibrated since."
 
 
 def _histogram(card: Calibration, images: Sequence[Row], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares (percent) and counts of each group of scores, over common bins."""
+    """Shares (percent) and counts of each group of scores (by class: in units of its threshold), over common bins."""
+
+    def shown(image: Row) -> float:
+        return image.score / _unit(card.of(image.label)) if card.classes else image.score
+
+    by_class = [score / _unit(part) for part in card.classes.values() for score in part.scores]
     groups = {
-        "calibration, good": card.scores,
-        "test, good": [image.score for image in images if image.kind == NORMAL],
-        "test, defective": [image.score for image in images if image.kind not in (None, NORMAL)],
-        "predicted": [image.score for image in images if image.kind is None],
+        "calibration, good": by_class or card.scores,
+        "test, good": [shown(image) for image in images if image.kind == NORMAL],
+        "test, defective": [shown(image) for image in images if image.kind not in (None, NORMAL)],
+        "predicted": [shown(image) for image in images if image.kind is None],
     }
-    every = [score for scores in groups.values() for score in scores] + [step["threshold"] for step in steps]
+    every = [score for scores in groups.values() for score in scores] + [x for step in steps for x in step["lines"]]
     low, high = min(every), max(every)
     logarithmic = low > 0 and high / low > _WIDE
     edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.histogram_bin_edges([low, high], _BINS)
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)  # geomspace may end a hair inside
     counts = {name: np.histogram(scores, edges)[0] for name, scores in groups.items() if len(scores)}
     return {
+        "axis": "image score / threshold of its class" if card.classes else "image score",
         "logarithmic": logarithmic,
         "edges": edges.tolist(),
         "groups": [

@@ -4,8 +4,8 @@ const $ = (id) => document.getElementById(id);
 const read = (id) => JSON.parse($(id).textContent);
 const { steps, own, kinds, good, histogram, curves } = read("facts");
 const pictures = read("pictures");
-const rows = read("rows").map(([path, kind, score, p, q, file, heatmap, mask, showable], place) => ({
-  path, kind: kind === null ? null : kinds[kind], score, p, q, file, heatmap, mask, place,
+const rows = read("rows").map(([path, kind, score, p, q, file, heatmap, mask, showable, label, part], place) => ({
+  path, kind: kind === null ? null : kinds[kind], score, p, q, file, heatmap, mask, label, part, place,
   source: heatmap || (showable ? file : ""), pictures: pictures[place] || {},
 }));
 const hasTruth = kinds.length > 0;
@@ -29,7 +29,7 @@ let shown = []; // rows on the current page
 if (!hasTruth) SORTS.interest = SORTS["score-down"];
 
 function verdict(row, step = steps[now]) {
-  const flagged = row.score > step.threshold;
+  const flagged = row.score > step.thresholds[row.part];
   if (!hasTruth || row.kind === null) return flagged ? "flagged" : "passed";
   if (row.kind === good) return flagged ? "alarm" : "pass";
   return flagged ? "hit" : "missed";
@@ -60,7 +60,8 @@ function decide() {
   counts.push([flagged, `flagged of ${many(rows.length, "image")}`]);
   $("counts").replaceChildren(...counts.map(([n, words]) => element("li", {}, element("b", { textContent: n.toLocaleString("en") }), ` ${words}`)));
   $("alpha-now").textContent = `alpha = ${step.alpha}`;
-  $("threshold-now").textContent = `threshold ${number(step.threshold)}${now === own ? ", the card's own" : ""}${step.promised ? "" : " – no promise"}`;
+  const said = step.thresholds.length === 1 ? `threshold ${number(step.thresholds[0])}` : `${step.thresholds.length} thresholds, one for each class`;
+  $("threshold-now").textContent = `${said}${now === own ? ", the card's own" : ""}${step.promised ? "" : " – no promise"}`;
   $("promise").textContent = step.words;
   $("promise").classList.toggle("broken", !step.promised);
   $("normals").textContent = step.normals && `False alarms: ${step.normals}`;
@@ -134,7 +135,7 @@ function makeItem(row) {
   const parts = row.path.split(/[\\/]/);
   item.querySelector("h3").append(parts.pop(), element("small", { textContent: parts.slice(-3).join(" / ") }));
   item.querySelector("h3").title = row.path;
-  item.querySelector(".kind").textContent = row.kind ?? "";
+  item.querySelector(".kind").textContent = [row.kind, row.label].filter(Boolean).join(" · ");
   item.querySelector(".numbers").textContent =
     `score ${number(row.score)} · p\u00a0=\u00a0${number(row.p, 3)}${row.q === null ? "" : ` · q\u00a0=\u00a0${number(row.q, 3)}`}`;
   item.querySelector(".links").append(...links(row));
@@ -187,12 +188,12 @@ function drawHistogram() {
     };
   });
   const top = 1.12 * Math.max(...groups.flatMap(({ shares }) => shares));
-  const { threshold, promised } = steps[now];
-  traces.push({
-    name: promised ? "threshold" : "threshold (no promise)", x: [threshold, threshold], y: [0, top], mode: "lines",
-    line: { color: css("--text"), width: 2, dash: promised ? "solid" : "dot" }, hovertemplate: `threshold ${number(threshold)}<extra></extra>`,
-  });
-  draw("histogram", traces, ["image score", histogram.logarithmic
+  const { lines, promised } = steps[now];
+  lines.forEach((threshold, place) => traces.push({
+    name: promised ? "threshold" : "threshold (no promise)", x: [threshold, threshold], y: [0, top], mode: "lines", showlegend: place === 0,
+    line: { color: css("--text"), width: lines.length === 1 ? 2 : 1, dash: promised ? "solid" : "dot" }, hovertemplate: `threshold ${number(threshold)}<extra></extra>`,
+  }));
+  draw("histogram", traces, [histogram.axis, histogram.logarithmic
     ? { type: "log", dtick: "D2", range: [edges[0], edges.at(-1)].map(Math.log10) }
     : { range: [edges[0], edges.at(-1)] }], ["share of the group, %", { range: [0, top] }]);
 }
@@ -210,7 +211,7 @@ function drawCurves() {
   const normals = rows.filter((row) => row.kind === good);
   const defects = rows.filter((row) => row.kind !== good && (!kinds.includes(name) || row.kind === name));
   if (images && normals.length && defects.length) {
-    const flagged = (some) => some.filter((row) => row.score > steps[now].threshold).length / some.length;
+    const flagged = (some) => some.filter((row) => row.score > steps[now].thresholds[row.part]).length / some.length;
     roc.push({
       name: "threshold", x: [flagged(normals)], y: [flagged(defects)], mode: "markers", hovertemplate: "%{x:.3f}, %{y:.3f}", cliponaxis: false,
       marker: { size: 12, symbol: "diamond", color: css("--text"), line: { color: css("--panel"), width: 2 } },

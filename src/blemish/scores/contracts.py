@@ -91,6 +91,13 @@ def expected_tile(output: Output, x: Tensor, score: nn.Module) -> Tensor:
     return output.expected
 
 
+def compared(residual: Tensor, output: Output) -> Tensor:
+    """A residual (B, 1, H, W) in units of what normal tiles show, 0 where there is nothing to compare with."""
+    if output.spread is not None:
+        residual = residual / output.spread
+    return residual if output.valid is None else residual * output.valid
+
+
 def bounded(y: Tensor, x: Tensor) -> Tensor:
     """y kept to [0, 1], or to the range of the tiles x where that is wider: standardised tiles leave [0, 1]."""
     return torch.minimum(torch.maximum(y, x.amin((1, 2, 3), True).clamp(max=0)), x.amax((1, 2, 3), True).clamp(min=1))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from blemish.data.images import FloatArray
+from blemish.models.contracts import classes_of
 from blemish.scores.contracts import Score, explain
 from blemish.standardise import Light
 
@@ -14,7 +15,7 @@ class TorchScorer:
     """The tile scorer that runs a PyTorch model: (b, C, t, t) float32 array -> (b, t, t) float32 array.
 
     The model is put into evaluation mode, channels-last (oneDNN and cuDNN are faster with it). With `standardise`,
-    model and score see standardised tiles (`Light`).
+    model and score see standardised tiles (`Light`). `classes`: of parts, that the model tells apart; none, for most.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class TorchScorer:
         self.device, self.standardise = torch.device(device), standardise
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
         self.score = score.to(self.device) if isinstance(score, nn.Module) else score
+        self.classes = classes_of(model)
 
     def __call__(self, tiles: FloatArray) -> FloatArray:
         x, _ = self._input(tiles)
@@ -39,6 +41,19 @@ class TorchScorer:
         parts = [score, light.restore(expected) if light else expected] if expected.shape == x.shape else [score]
         explained: FloatArray = torch.cat([part.float() for part in parts], 1).cpu().numpy()
         return explained
+
+    def classify(self, tiles: FloatArray) -> tuple[FloatArray, list[str]]:
+        """What `explain` gives, and the class of each tile, for a model that has `classes`.
+
+        It is the choice that the model makes when the score first shows it the tiles, so that it need not look twice.
+        """
+        choices: list[Tensor] = []
+        hook = self.model.register_forward_hook(lambda _model, _tiles, output: choices.append(output.choice))
+        try:
+            explained = self.explain(tiles)
+        finally:
+            hook.remove()
+        return explained, [self.classes[number] for number in choices[0].tolist()]
 
     def _input(self, tiles: FloatArray) -> tuple[Tensor, Light | None]:
         x = torch.from_numpy(tiles).to(self.device, memory_format=torch.channels_last)

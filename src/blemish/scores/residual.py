@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from blemish.residuals import Residual
-from blemish.scores.contracts import ExplainedScore
+from blemish.scores.contracts import ExplainedScore, compared
 
 
 class ResidualScore(ExplainedScore):
@@ -19,4 +19,4 @@ class ResidualScore(ExplainedScore):
     @torch.inference_mode()
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         output = model(x)
-        return self.residual(output.observed, output.expected), output.expected
+        return compared(self.residual(output.observed, output.expected), output), output.expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from blemish import __version__, pipeline
-from blemish.build import build, build_section
+from blemish.build import build, build_section, locate
 from blemish.calibration import Calibration, read_settings
 from blemish.checkpoint import PARTS, assemble, build_model, pick_device, save_detector
 from blemish.data.corruption import Corruption
@@ -27,6 +27,7 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric, synthetic_defects_figure, write_figure
 from blemish.files import write_json, write_text
+from blemish.models.contracts import Fittable, classes_of
 from blemish.normalisation import NormalisationSettings
 from blemish.preprocess import Preprocess
 from blemish.scores.contracts import FittableScore, Score
@@ -38,6 +39,7 @@ from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
+_MOST_TO_LEARN = 1000  # tiles, for models without gradients
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 
 
@@ -122,7 +124,7 @@ def resume(run: Path, read: Any, report: Report | None = None) -> Finished:
 
 @dataclass(frozen=True)
 class _Parts:
-    """All that is built from settings and images before a run folder is made."""
+    """All that is built from settings and images before a run folder is made; `labels` are of the training images."""
 
     model: nn.Module
     objective: ReconstructionObjective
@@ -132,6 +134,7 @@ class _Parts:
     normalisation: NormalisationSettings
     tiling: Tiling
     tiles: TrainingTiles
+    labels: list[str | None]
     validation: ValidationTiles
 
     @classmethod
@@ -148,6 +151,8 @@ class _Parts:
         model = build_model(settings)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
+        promise, _ = read_settings(settings["calibration"])
+        pipeline.check_classes_told(promise, classes_of(model), len(splits.of("calibration")))
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit = training.cache_gb * 2**30
 
@@ -159,7 +164,26 @@ class _Parts:
         cached("calibration", 0)  # only to find unreadable ones now, and not after the training
         tiles = TrainingTiles(images, tiling.size, settings["seed"], augment)
         validation = ValidationTiles(held_out, tiling)
-        return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, validation)
+        if getattr(model, "whole_image", False) and preprocess.size != tiling.size:
+            raise ConfigError(
+                f"{type(model).__name__} compares whole images, so they must be of one size, found "
+                f"image.size={preprocess.size or 'null'} and tiling.size={tiling.size}: set both to a number of "
+                "pixels, such as image.size=256 tiling.size=256."
+            )
+        labels = [item.record.label for item in splits.of("train")]
+        return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation)
+
+    def learn(self) -> nn.Module:
+        """What takes the place of training for a model without gradients."""
+        assert isinstance(self.model, Fittable)
+        normal = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
+        self.model.fit(list(self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
+        return self.model
+
+    def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
+        """Batches of normal tiles (B, C, t, t) as model and score see them."""
+        batches = tiles.batches(self.training.batch_size, device)
+        return map(standardised, batches) if self.tiling.standardise else batches
 
 
 def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
@@ -216,28 +240,32 @@ def _go_on(
 ) -> Finished:
     """From a prepared folder to a finished one; steps that are done are not done again."""
     print(f"run folder: {run}", flush=True)
-    if about["status"] == "trained":
+    gradient_free = isinstance(parts.model, Fittable)
+    if about["status"] == "trained" and not gradient_free:
         model = load_best(run, parts.model)
     else:
         watch = None
-        if report is not None and settings["synthetic"]["images"]:
+        if not gradient_free and report is not None and settings["synthetic"]["images"]:
             watch = SyntheticWatch(parts.score, parts.validation, settings["optimized_metric"], report)
         began = time.monotonic(), time.process_time()
         try:
-            model = fit(
-                run,
-                parts.tiles,
-                parts.validation,
-                parts.model,
-                parts.objective,
-                parts.score,
-                parts.corruption,
-                parts.training,
-                settings["trainer"],
-                settings["seed"],
-                parts.tiling.standardise,
-                watch=watch,
-            )
+            if gradient_free:
+                model = parts.learn()
+            else:
+                model = fit(
+                    run,
+                    parts.tiles,
+                    parts.validation,
+                    parts.model,
+                    parts.objective,
+                    parts.score,
+                    parts.corruption,
+                    parts.training,
+                    settings["trainer"],
+                    settings["seed"],
+                    parts.tiling.standardise,
+                    watch=watch,
+                )
             # Early stopping would let a resumed training go one epoch further.
             about["status"] = "trained"
         except Pruned:
@@ -255,14 +283,16 @@ def _go_on(
     }
     device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
     if isinstance(parts.score, FittableScore):
-        tiles = parts.validation.batches(parts.training.batch_size, device)
-        parts.score.fit(model.eval().to(device), map(standardised, tiles) if parts.tiling.standardise else tiles)
+        parts.score.fit(model.eval().to(device), parts.shown(parts.validation, device))
     detector = assemble(settings, model, about=about, device=device, score=parts.score)
     if parts.normalisation.kind != "none":
         source = [item.record.path for item in splits.of(parts.normalisation.source)]
         normalisation = pipeline.fit_normalisation(detector, source, parts.normalisation)
         detector = assemble(settings, model, normalisation, about=about, device=device, score=parts.score)
-    calibration = pipeline.calibrate(detector, splits.of("calibration"), *read_settings(settings["calibration"]))
+    promise, mask_rule = read_settings(settings["calibration"])
+    if promise.by_class:  # too few images of a class are found only by scoring them: the training is not to be lost
+        save_detector(run, settings, detector, None, about | trained)
+    calibration = pipeline.calibrate(detector, splits.of("calibration"), promise, mask_rule)
     about["status"] = "done"
     save_detector(run, settings, detector, calibration, about | trained)
     figure = None
@@ -279,11 +309,34 @@ def _go_on(
     return Finished(calibration, metrics, figure)
 
 
+def name_classes(settings: Any, records: Iterable[Record]) -> None:
+    """Put the names of the classes that the data name into `model.classes`, where that is "named".
+
+    Args:
+        settings: the settings of `blemish train`.
+
+    Raises:
+        DataError: a defect-free image outside the test part has no class.
+    """
+    if "classes" not in settings.model or settings.model.classes != "named":
+        return
+    normal = [record for record in records if record.is_normal and record.split != "test"]
+    nameless = [record.path for record in normal if record.label is None]
+    if nameless:
+        raise DataError(
+            f"model.classes=named expects a class for every defect-free image, found none for {len(nameless)} of "
+            f"{len(normal)} (first: {nameless[0]}): fill in the column class of data=manifest, or set "
+            "data.classes=folders with data=folder."
+        )
+    settings.model.classes = sorted({str(record.label) for record in normal})
+
+
 def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
-    """Fill in what is null and depends on the images: `image.channels` and `tiling.size`.
+    """Fill in what is null and depends on the images: `image.channels`, `tiling.size`, for some models `image.size`.
 
     Tiles are as large as the smallest image (after preprocessing) allows in steps of 32 pixels, at most 192 or what
-    `image.short_side` or `image.size` says. Unreadable images are left for the decoder to report.
+    `image.short_side` or `image.size` says. For a model that compares whole images, each is made a square of that size.
+    Unreadable images are left for the decoder to report.
 
     Args:
         settings: the settings of `blemish train`.
@@ -313,3 +366,6 @@ def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
         most = preprocess.size or preprocess.short_side or _LARGEST_TILE
         smallest = min((min(preprocess.scored_size(*side)) for side in sides), default=most)
         settings.tiling.size = max(_TILE_STEP, min(smallest, most) // _TILE_STEP * _TILE_STEP)
+        if getattr(locate(settings.model._target_, None, "model"), "whole_image", False):
+            settings.tiling.size = settings.image.size or settings.tiling.size
+            settings.image.size, settings.image.short_side = settings.tiling.size, None
