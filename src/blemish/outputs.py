@@ -61,7 +61,7 @@ def unique_stems(names: Sequence[Path]) -> list[Path]:
     stems = [name.with_suffix("") if seen[name.with_suffix("")] == 1 else name for name in names]
     if len(set(stems)) < len(stems):
         double = next(stem for stem in stems if stems.count(stem) > 1)
-        raise BlemishError(f"Two inputs are called {double}: predict their folders one at a time, into different out=.")
+        raise BlemishError(f"Two inputs are called {double}: give their folders one at a time, with different out=.")
     return stems
 
 

@@ -87,12 +87,11 @@ class UnfinishedRows:
     def append(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Append rows, each flushed before it is handed on."""
         with explain_write_errors(self.file):
-            file = self.file.open("a", encoding="utf-8")
+            file = self.file.open("ab", buffering=0)  # closing has nothing left to write, and to fail with
         with file:
             for row in rows:
                 with explain_write_errors(self.file):
-                    file.write(json.dumps(row, allow_nan=False) + "\n")
-                    file.flush()
+                    file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
                 yield row
 
     def finish(self, columns: Sequence[str], rows: Iterator[dict[str, Any]] | None = None) -> None:

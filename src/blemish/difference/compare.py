@@ -88,7 +88,8 @@ class Comparison:
         """(h, w, C) and (H, W, C), any kinds of pixels -> where they differ.
 
         Raises:
-            ImageError: no images, or of different size and nothing says how one lies on the other.
+            ImageError: no images, or of different size and nothing says how one lies on the other, or the residual has
+                no finite value somewhere.
         """
         times = [time.perf_counter()]
         aligned = self.align(reference, query)
@@ -101,6 +102,8 @@ class Comparison:
         side = min(self.tiling.size, max(_LEAST_TILE, min(pair.shape[:2])))
         score_map = apply_tiled(self.scorer, pair[None], replace(self.tiling, size=side))[0]
         score_map = self.map_filters(score_map, valid)
+        if not np.isfinite(score_map).all():
+            raise ImageError("The difference map has NaN or infinite values: choose another residual or strategy.")
         times.append(time.perf_counter())
         found = self._decide(score_map, valid, aligned, observed, expected)
         times.append(time.perf_counter())

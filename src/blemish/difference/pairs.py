@@ -29,7 +29,8 @@ def find_pairs(reference: Path, query: Path, mask: Path | None = None) -> list[P
     end in _mask or _gt. References and masks may be left over, queries may not.
 
     Raises:
-        DataError: a path is missing or no image, a query has no reference, or two files have one name.
+        DataError: a path is missing or no image, a query has no reference, no mask has a query, or two files have one
+            name.
     """
     for path, what in ((reference, "reference"), (query, "query"), (mask, "mask")):
         if path is not None and not path.exists():
@@ -57,6 +58,11 @@ def find_pairs(reference: Path, query: Path, mask: Path | None = None) -> list[P
             )
         candidates = (key, *(key.with_name(key.name + suffix) for suffix in _MASK_SUFFIXES))
         pairs.append(Pair(path, references[key], name, next((masks[one] for one in candidates if one in masks), None)))
+    if masks and all(pair.mask is None for pair in pairs):
+        raise DataError(
+            f"None of the {len(masks)} masks in {mask} belongs to a query: expected one called like {pairs[0].query}, "
+            "at the same place below its folder."
+        )
     return pairs
 
 
