@@ -169,6 +169,7 @@ def page(driver, pages):
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_the_console_hears_of_an_error(driver, pages):
     page = Page(driver, pages["evaluation"])
     page.script("void console.error('seen')")
@@ -260,6 +261,7 @@ def test_filters(page):
     assert page.names() == []
 
 
+@pytest.mark.slow
 def test_pages(page):
     page.choose("sort", "name, A to Z")
     seen = page.names()
@@ -306,6 +308,7 @@ def test_the_opacity_of_the_heat(page):
     assert page["opacity-now"].text == "0 %"
 
 
+@pytest.mark.slow
 def test_the_keyboard_reaches_everything(page):
     reached = []
     for _ in range(20):
