@@ -14,6 +14,7 @@ from blemish.alignment.motion import Motion
 from blemish.alignment.verdict import Verdict
 from blemish.calibration import Calibration
 from blemish.data.images import FloatArray, Pixels, check_pixels, to_unit
+from blemish.detector import mask_by_card
 from blemish.difference.filters import Filters
 from blemish.difference.map_filters import MapFilters
 from blemish.difference.thresholds import MapThreshold
@@ -70,7 +71,7 @@ class Comparison:
         tolerance: of the scorer's `ReferencePair`: the pixels that an edge may be off.
         tiling: its size is an upper bound: smaller images are one tile.
         threshold: what counts as different; not asked where there is a card.
-        card: learned from normal pairs, see `blemish.pipeline`.
+        card: learned from normal pairs, see `blemish.difference.run.learn`.
     """
 
     scorer: TileScorer
@@ -93,11 +94,13 @@ class Comparison:
         """
         times = [time.perf_counter()]
         aligned = self.align(reference, query)
+        valid = _whole_windows(aligned.valid, self.tolerance)
+        if not valid.any():
+            raise ImageError("Reference and query do not overlap: check that they show the same thing.")
         times.append(time.perf_counter())
         expected = np.where(aligned.valid[..., None], aligned.reference, aligned.query)  # no edge to filter there
         expected, observed = self.filters(expected), self.filters(aligned.query)
         times.append(time.perf_counter())
-        valid = _whole_windows(aligned.valid, self.tolerance)
         pair = np.concatenate([observed, expected, valid[..., None]], axis=2, dtype=np.float32)
         side = min(self.tiling.size, max(_LEAST_TILE, min(pair.shape[:2])))
         score_map = apply_tiled(self.scorer, pair[None], replace(self.tiling, size=side))[0]
@@ -122,8 +125,6 @@ class Comparison:
                 f"The reference is of {sizes[0]} pixels, the query of {sizes[1]}, and no motion was found that lays "
                 "one on the other: resize one of them, or set alignment.motion=homography and alignment.start=features."
             )
-        if not _whole_windows(aligned.valid, self.tolerance).any():
-            raise ImageError("Reference and query do not overlap: check that they show the same thing.")
         return aligned
 
     def _decide(
@@ -132,19 +133,12 @@ class Comparison:
         card = self.card
         if card:
             score, threshold = card.mask_rule.score(score_map), card.threshold
-            raw = score_map > threshold
-            cleaning = Cleaning(max(self.cleaning.min_area, card.mask_rule.smallest_region))
+            mask, regions = mask_by_card(card, self.cleaning, score_map)
         else:
             score = float(score_map.max())
             differences, contrast = _noise(observed - expected, valid), _contrast(expected, valid)
             raw, threshold = self.threshold(score_map, valid, observed.shape[2], differences, contrast)
-            cleaning = self.cleaning
-
-        def p_value(part: FloatArray, inside: Mask) -> float:
-            assert card
-            return card.p_value(card.mask_rule.score_of_region(part, inside, score_map.size))
-
-        mask, regions = cleaning(raw, score_map, p_value if card else None)
+            mask, regions = self.cleaning(raw, score_map)
         return Difference(
             observed=observed,
             expected=expected,
