@@ -14,7 +14,7 @@ from blemish.cli import config_folder
 from blemish.commands import ACTIONS
 from blemish.difference.build import build_comparison
 
-GROUPS = ("model", "residual", "score", "corruption", "augment", "data", "trainer", "sweep", "strategy")
+GROUPS = ("model", "backbone", "residual", "score", "corruption", "augment", "data", "trainer", "sweep", "strategy")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 MASK_SETTINGS = ("mask_rule", "tau", "region_area")
 every_option = pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}-{o}" for g, o in OPTIONS])

@@ -37,7 +37,9 @@ def make(settings):
 
     def build_model(name, channels=1, size=SIZE, seed=0):
         torch.manual_seed(seed)
-        composed = settings(f"model={name}", f"image.channels={channels}", f"tiling.size={size}")
+        quick = ["model.steps=20"] if "steps" in ARGUMENTS[name] else []
+        random = "backbone.weights=none"
+        composed = settings(f"model={name}", f"image.channels={channels}", f"tiling.size={size}", random, *quick)
         model = build(composed["model"], TRUSTED, "model")
         if hasattr(model, "fit"):
             model.fit([tiles(channels, size, seed=seed + 1)])
@@ -245,7 +247,9 @@ def variant(settings):
 
     def build_variant(name, **changes):
         torch.manual_seed(0)
-        arguments = settings(f"model={name}", "image.channels=1", f"tiling.size={SIZE}")["model"]
+        arguments = settings(f"model={name}", "image.channels=1", f"tiling.size={SIZE}", "backbone.weights=none")[
+            "model"
+        ]
         return build(arguments | changes, TRUSTED, "model")
 
     return build_variant

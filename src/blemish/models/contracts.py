@@ -66,7 +66,7 @@ class Output(NamedTuple):
 
 @runtime_checkable
 class Fittable(Protocol):
-    """A model that learns of normal tiles without gradients, and keeps what it has learned in buffers.
+    """A model that learns of normal tiles by itself, without the trainer, and keeps what it has learned in its state.
 
     whole_image: it compares whole images, so a tile must be one.
     """

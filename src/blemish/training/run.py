@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,7 +39,7 @@ from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
-_MOST_TO_LEARN = 1000  # tiles, for models without gradients
+_MOST_TO_LEARN = 1000  # tiles, for models that learn by themselves
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 
 
@@ -123,6 +123,16 @@ def resume(run: Path, read: Any, report: Report | None = None) -> Finished:
 
 
 @dataclass(frozen=True)
+class _Again:
+    """Batches that are made anew each time they are gone through, so that they need not be held."""
+
+    batches: Callable[[], Iterator[Tensor]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.batches()
+
+
+@dataclass(frozen=True)
 class _Parts:
     """All that is built from settings and images before a run folder is made; `labels` are of the training images."""
 
@@ -174,10 +184,10 @@ class _Parts:
         return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation)
 
     def learn(self) -> nn.Module:
-        """What takes the place of training for a model without gradients."""
+        """What takes the place of the trainer for a model that learns by itself."""
         assert isinstance(self.model, Fittable)
         normal = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
-        self.model.fit(list(self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
+        self.model.fit(_Again(lambda: self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
         return self.model
 
     def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
@@ -240,16 +250,16 @@ def _go_on(
 ) -> Finished:
     """From a prepared folder to a finished one; steps that are done are not done again."""
     print(f"run folder: {run}", flush=True)
-    gradient_free = isinstance(parts.model, Fittable)
-    if about["status"] == "trained" and not gradient_free:
+    by_itself = isinstance(parts.model, Fittable)
+    if about["status"] == "trained" and not by_itself:
         model = load_best(run, parts.model)
     else:
         watch = None
-        if not gradient_free and report is not None and settings["synthetic"]["images"]:
+        if not by_itself and report is not None and settings["synthetic"]["images"]:
             watch = SyntheticWatch(parts.score, parts.validation, settings["optimized_metric"], report)
         began = time.monotonic(), time.process_time()
         try:
-            if gradient_free:
+            if by_itself:
                 model = parts.learn()
             else:
                 model = fit(
