@@ -25,6 +25,8 @@ every_model = pytest.mark.parametrize("name", ARGUMENTS)
 halving_model = pytest.mark.parametrize("name", having("depth"))
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 64
+RANDOM_BACKBONE = ("backbone.weights=none", "backbone.layers=[1,3]")  # needs no package, and is small
+QUICK = {"steps": 4, "batch_size": 64}  # of a model that trains itself
 
 
 def tiles(channels=1, size=SIZE, count=3, seed=0):
@@ -37,9 +39,10 @@ def make(settings):
 
     def build_model(name, channels=1, size=SIZE, seed=0):
         torch.manual_seed(seed)
-        quick = ["model.steps=20"] if "steps" in ARGUMENTS[name] else []
-        random = "backbone.weights=none"
-        composed = settings(f"model={name}", f"image.channels={channels}", f"tiling.size={size}", random, *quick)
+        quick = [f"model.{key}={value}" for key, value in QUICK.items() if key in ARGUMENTS[name]]
+        composed = settings(
+            f"model={name}", f"image.channels={channels}", f"tiling.size={size}", *RANDOM_BACKBONE, *quick
+        )
         model = build(composed["model"], TRUSTED, "model")
         if hasattr(model, "fit"):
             model.fit([tiles(channels, size, seed=seed + 1)])
