@@ -25,7 +25,11 @@ every_model = pytest.mark.parametrize("name", ARGUMENTS)
 halving_model = pytest.mark.parametrize("name", having("depth"))
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 64
-RANDOM_BACKBONE = ("backbone.weights=none", "backbone.layers=[1,3]")  # needs no package, and is small
+RANDOM_BACKBONE = (
+    "backbone.weights=none",
+    "backbone.layers=[1,3]",
+    "backbone.margin=0",
+)  # needs no package, and is small
 QUICK = {"steps": 4, "batch_size": 64}  # of a model that trains itself
 
 

@@ -18,6 +18,7 @@ MODELS = ("conv_ae", "vae", "repair_ae")  # a score must fit one of them
 every_score = pytest.mark.parametrize("name", NAMES)
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 32
+SMALL_BACKBONE = ("backbone.weights=none", "backbone.layers=[1,3]", "backbone.margin=0")
 
 
 def tiles(channels=1, size=(SIZE, SIZE), count=3, seed=0):
@@ -172,6 +173,6 @@ def test_it_survives_saving_also_after_it_has_learned(make, name):
 def test_every_model_fits_or_is_refused_in_words(compose, installed, name, model):
     try:
         with installed():
-            build_model(compose(name, model, 1, "backbone.weights=none"), TRUSTED)
+            build_model(compose(name, model, 1, *SMALL_BACKBONE), TRUSTED)
     except ConfigError as refusal:
         assert len(str(refusal).split()) > 6

