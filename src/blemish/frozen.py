@@ -72,7 +72,7 @@ class FrozenNetwork(Fingerprinted):
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 delattr(module, key)
                 module.register_buffer(key, tensor.detach(), persistent=False)
-            if hasattr(module, "track_running_stats"):
+            if isinstance(module, nn.modules.batchnorm._NormBase):
                 # Else batch normalisation would look for its counter in a checkpoint, and add it as an unknown key.
                 module.track_running_stats = False
         self.network = network.eval()

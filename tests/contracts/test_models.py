@@ -27,7 +27,7 @@ every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 64
 RANDOM_BACKBONE = (
     "backbone.weights=none",
-    "backbone.layers=[1,3]",
+    "backbone.layers=[2,8]",
     "backbone.margin=0",
 )  # needs no package, and is small
 QUICK = {"steps": 4, "batch_size": 64}  # of a model that trains itself

