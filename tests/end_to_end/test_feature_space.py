@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,7 +22,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["feature_ae", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])]
+)
 def test_train_evaluate_and_load_again(run_cli, tiny_data, tmp_path, kind):
     run = tmp_path / "run"
     data = ("data=mvtec", f"data.root={tiny_data}", f"out={run}")
@@ -37,14 +38,6 @@ def test_train_evaluate_and_load_again(run_cli, tiny_data, tmp_path, kind):
     image = sorted(tiny_data.glob("test/*/*.png"))[0]
     prediction = detector(image)
     assert prediction.score_map.shape == read_pixels(image).shape[:2]
-    np.testing.assert_array_equal(prediction.score_map, detector(image).score_map)
-
-
-def test_other_weights_than_those_of_training_are_refused(run_cli, tiny_data, tmp_path):
-    run = tmp_path / "run"
-    data = ("data=mvtec", f"data.root={tiny_data}", f"out={run}")
-    result = run_cli(["train", *data, "model=nearest", "model.bank=20", *FEATURES, "tiling.size=32"])
-    assert result.code == 0, result.err
     content = torch.load(run / DETECTOR_FILE, weights_only=True)
     content["config"]["model"]["backbone"]["seed"] = 1
     torch.save(content, run / DETECTOR_FILE)
