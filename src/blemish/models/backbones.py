@@ -83,10 +83,11 @@ class Backbone(FrozenNetwork, ABC):
                 f"Expected sides of at least {smallest} pixels{multiple}, for {self.name}, found {height} x {width}: "
                 "set tiling.size, or a smaller backbone.margin."
             )
-        # One memory format, so that equal images have equal features, bit for bit.
-        x = ((x - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
+        x = (x - self.shift) / self.scale
         if self.margin:
             x = F.pad(x, (self.margin,) * 4, mode="reflect")
+        # One memory format, so that equal images have equal features, bit for bit.
+        x = x.contiguous(memory_format=torch.channels_last)
         grids = [self._inside(grid, x.shape[-1]) for grid in self.layers(x)]
         size = max((tuple(grid.shape[-2:]) for grid in grids), key=lambda sides: sides[0])
         return torch.cat([_resized(self._averaged(grid), size) for grid in grids], dim=1)
