@@ -29,26 +29,17 @@ from blemish.data.images import FloatArray, list_images, read_image
 from blemish.errors import BlemishError
 from blemish.files import write_csv
 from blemish.preprocess import Preprocess
+from disturbances import Disturbance, draw, observe
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One row of the table. Angles in degrees, scale in percent, noise in grey levels of 255."""
+class Condition(Disturbance):
+    """A disturbance, and how it is met."""
 
-    group: str
     shift: float = 12.0
-    turn: float = 0.0
-    scale: float = 0.0
     noise: float = 10.0
-    gain: float = 1.0
-    offset: float = 0.0
-    ramp: float = 0.0  # the contrast falls by this share from left to right
     defects: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def full(self) -> bool:
-        return bool(self.turn or self.scale)
 
 
 FULL = {"turn": 2.0, "scale": 2.0}
@@ -71,29 +62,6 @@ CONDITIONS = [
     Condition("settings", noise=20, settings=(("start", "features"),), **FULL),
     Condition("settings", noise=20, settings=(("refine_by_verdict", True),), **FULL),
 ]
-
-
-def draw(condition: Condition, shape: tuple[int, int], rng: np.random.Generator) -> Motion:
-    """A random motion about the image's middle; the shift is uniform in a square."""
-    angle = np.deg2rad(rng.uniform(-condition.turn, condition.turn))
-    scale = 1 + rng.uniform(-condition.scale, condition.scale) / 100
-    linear = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    middle = (np.array(shape[::-1]) - 1) / 2
-    matrix = np.eye(3)
-    matrix[:2, :2] = linear
-    matrix[:2, 2] = middle - linear @ middle + rng.uniform(-condition.shift, condition.shift, 2)
-    return Motion("affine" if condition.full else "translation", matrix)
-
-
-def observe(image: FloatArray, motion: Motion, condition: Condition, rng: np.random.Generator) -> FloatArray:
-    """What a camera sees of an image; sampled 4 times as finely as its 1/32 pixel, so that the truth is true."""
-    large = cv2.resize(image, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
-    finer = motion.halved(-2)
-    seen, _ = warp(large, finer, (large.shape[0], large.shape[1]))
-    query = cv2.resize(seen, image.shape[1::-1], interpolation=cv2.INTER_AREA)
-    contrast = condition.gain * (1 - condition.ramp * np.linspace(0, 1, query.shape[1], dtype=np.float32))
-    query = query * contrast + condition.offset + rng.normal(0, condition.noise / 255, query.shape)
-    return np.clip(query, 0, 1).astype(np.float32)[..., None]
 
 
 def measure(condition: Condition, pairs: list[tuple[FloatArray, FloatArray]], motion: str, seed: int) -> dict[str, Any]:

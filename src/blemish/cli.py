@@ -128,7 +128,8 @@ def _run(verb: str, words: list[str]) -> int:
     flags = {word for word in words if word.startswith("-")}
     many = bool(flags & {"--multirun", "-m"})
     overrides, options = [], []
-    places = list(_POSITIONAL.get(verb, ()))
+    given = {word.partition("=")[0] for word in words}
+    places = [place for place in _POSITIONAL.get(verb, ()) if place not in given]
     for word, before in zip(words, ["", *words], strict=False):
         if word.startswith("-") or before in ("--cfg", "-c"):  # which take a word of their own
             options.append(word)

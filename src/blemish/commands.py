@@ -278,7 +278,6 @@ def _monitor(config: Any, overrides: list[str]) -> int:
 def _diff(config: Any, overrides: list[str]) -> int:
     from blemish.calibration import read_settings
     from blemish.difference.build import build_comparison, made_by, read_card
-    from blemish.difference.outputs import MADE_FILE
     from blemish.difference.pairs import find_pairs
     from blemish.difference.run import diff, in_words, learn
     from blemish.files import CARD_FILE, write_json
@@ -290,6 +289,7 @@ def _diff(config: Any, overrides: list[str]) -> int:
     )
     settings = _plain(config)
     mask = Path(settings["mask"]).expanduser().absolute() if settings["mask"] is not None else None
+    settings |= {"reference": str(reference), "query": str(query), "mask": mask and str(mask)}
     out = Path(settings["out"]) if settings["out"] is not None else dated("differences")
     comparison = build_comparison(settings)
     made = made_by(settings, comparison)
@@ -297,7 +297,9 @@ def _diff(config: Any, overrides: list[str]) -> int:
     if settings["learn"]:
         if settings["card"] is not None:
             raise ConfigError("learn=true makes a card, card= uses one: leave one of them out.")
-        check_own(out, MADE_FILE, "a card of differences")
+        if mask is not None:
+            raise ConfigError("learn=true takes pairs without a defect, which have no mask: leave mask= out.")
+        check_own(out, CARD_FILE, "a card")
         if (out / CARD_FILE).exists() and not settings["overwrite"]:
             raise ConfigError(f"{out} has a {CARD_FILE} already: choose another out=, or set overwrite=true.")
         promise, mask_rule = read_settings(settings["calibration"])

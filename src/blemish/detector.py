@@ -181,12 +181,7 @@ class Detector:
         if not np.isfinite(score_map).all():
             raise CalibrationError("The score map has NaN or infinite values: no decision is possible.")
         score = card.mask_rule.score(score_map)
-        cleaning = Cleaning(max(self.cleaning.min_area, card.mask_rule.smallest_region))
-
-        def p_value(part: FloatArray, inside: Mask) -> float:
-            return card.p_value(card.mask_rule.score_of_region(part, inside, score_map.size))
-
-        mask, regions = cleaning(score_map > card.threshold, score_map, p_value)
+        mask, regions = mask_by_card(card, self.cleaning, score_map)
         return Prediction(
             score_map=score_map,
             image_score=score,
@@ -207,3 +202,13 @@ class Detector:
         pixels = read_pixels(image) if isinstance(image, (str, Path)) else image
         scored = next(self.score_batches([pixels]))[0]
         return self.decide(scored.score_map, scored.label)
+
+
+def mask_by_card(card: Calibration, cleaning: Cleaning, score_map: FloatArray) -> tuple[Mask, list[Region]]:
+    """The pixels of (H, W) above a card's threshold, cleaned as its mask rule allows, and their regions' p-values."""
+
+    def p_value(part: FloatArray, inside: Mask) -> float:
+        return card.p_value(card.mask_rule.score_of_region(part, inside, score_map.size))
+
+    cleaning = Cleaning(max(cleaning.min_area, card.mask_rule.smallest_region))
+    return cleaning(score_map > card.threshold, score_map, p_value)

@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
 from blemish.data.images import FloatArray
-from blemish.errors import ConfigError
+from blemish.errors import CalibrationError, ConfigError
 from blemish.postprocess import Mask
 
 MASK_RULES = ("any_pixel", "area_fraction", "region", "parametric_noise")
@@ -58,6 +59,14 @@ class MaskRule:
     def smallest_region(self) -> int:
         """The area in pixels below which a region does not break the rule and is no part of a mask."""
         return self.region_area if self.name == "region" else 1
+
+    def check_size(self, pixels: int, path: Path) -> None:
+        """Raise CalibrationError if no mask of an image of so many pixels could break the rule."""
+        if self.smallest_region > pixels:
+            raise CalibrationError(
+                f"{path} has {pixels} pixels, fewer than calibration.region_area = {self.region_area}: no mask could "
+                "ever break the rule; lower it."
+            )
 
     def score(self, score_map: FloatArray, pixels: int | None = None) -> float:
         """The smallest threshold >= 0 at which the mask of this map keeps the rule.

@@ -61,7 +61,7 @@ def unique_stems(names: Sequence[Path]) -> list[Path]:
     stems = [name.with_suffix("") if seen[name.with_suffix("")] == 1 else name for name in names]
     if len(set(stems)) < len(stems):
         double = next(stem for stem in stems if stems.count(stem) > 1)
-        raise BlemishError(f"Two inputs are called {double}: predict their folders one at a time, into different out=.")
+        raise BlemishError(f"Two inputs are called {double}: give their folders one at a time, with different out=.")
     return stems
 
 
@@ -76,8 +76,10 @@ class PredictionFiles:
         self._out = out
         self._note = note_of(made)
         owned = (GALLERY_FILE, *(f"{name}s" for name, _ in _PICTURES))
-        same = ("fingerprint", "calibration")
-        self.rows = UnfinishedRows(out, "predictions", "predict.json", made, same, owned, overwrite, "predictions")
+        same, others = ("fingerprint", "calibration"), "another detector or calibration"
+        self.rows = UnfinishedRows(
+            out, "predictions", "predict.json", made, same, owned, overwrite, "predictions", others
+        )
         write_json(out / CARD_FILE, card.to_dict())
 
     def write_images(self, scored: Scored, stem: Path) -> dict[str, Any]:

@@ -153,11 +153,7 @@ def calibrate(
             raise CalibrationError(
                 f"The score map of {scored.path} has NaN or infinite values: the model diverged; train it again."
             )
-        if mask_rule.smallest_region > score_map.size:
-            raise CalibrationError(
-                f"{scored.path} has {score_map.size} pixels, fewer than calibration.region_area = "
-                f"{mask_rule.region_area}: no mask could ever break the rule; lower it."
-            )
+        mask_rule.check_size(score_map.size, scored.path)
         scores.append(mask_rule.score(score_map))
         labels.append(scored.label)
         if noise:
@@ -345,20 +341,20 @@ def predict(
     def write(item: Scored) -> dict[str, Any]:
         return files.write_images(item, stems[item.path])
 
+    def shown(row: Mapping[str, Any]) -> Shown:
+        return Shown(Path(row["path"]), score_map=out / row["map"], label=row["class"])
+
     anomalous = sum(row["decision"] == "anomalous" for row in before)
     errors = [row["error"] for row in before if row["error"]]
-    ranked = [(-row["image_score"], row["path"], row) for row in before if not row["error"]]
+    ranked = [(-row["image_score"], row["path"], shown(row)) for row in before if not row["error"]]
     rows = files.rows.append(map_ahead(write, scored(), area, PIXELS_AHEAD, workers=2))
     for row in tqdm(rows, "predicting", len(pairs), initial=len(pairs) - len(todo), unit="image", disable=not progress):
         anomalous += row["decision"] == "anomalous"
         if row["error"]:
             errors.append(row["error"])
         else:
-            ranked.append((-row["image_score"], row["path"], row))
-    worst = [
-        Shown(Path(path), score_map=out / row["map"], label=row["class"])
-        for _, path, row in heapq.nsmallest(gallery, ranked)
-    ]
+            ranked.append((-row["image_score"], row["path"], shown(row)))
+    worst = [one for _, _, one in heapq.nsmallest(gallery, ranked)]
     write_gallery(out / GALLERY_FILE, detector, worst, progress)
     discoveries = files.finish(fdr)
     return PredictSummary(len(before) + len(todo), anomalous, errors, len(before), discoveries)

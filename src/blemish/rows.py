@@ -36,7 +36,7 @@ class UnfinishedRows:
         made_file: name of the file that says how the results were made. made: its content.
         same: keys of `made` that must not change while the table is unfinished.
         owned: other files and folders that belong to these results: `overwrite` removes them.
-        what: the results, for messages.
+        what: the results, for messages. others: what has made them if something of `same` has changed, likewise.
 
     Raises:
         BlemishError: `out` holds results of another kind, or finished ones, or unfinished ones made otherwise.
@@ -52,6 +52,7 @@ class UnfinishedRows:
         owned: Sequence[str],
         overwrite: bool,
         what: str,
+        others: str,
     ) -> None:
         self.file = out / f".{table}.jsonl.part"
         self._finished, about = out / f"{table}.jsonl", out / made_file
@@ -68,8 +69,7 @@ class UnfinishedRows:
             before = json.loads(about.read_text(encoding="utf-8"))
             if any(before.get(key) != made[key] for key in same):
                 raise BlemishError(
-                    f"{out} holds unfinished {what}, made with other settings: choose another out=, or set "
-                    "overwrite=true."
+                    f"{out} holds unfinished {what} of {others}: choose another out=, or set overwrite=true."
                 )
         write_json(about, dict(made))
 
@@ -87,12 +87,11 @@ class UnfinishedRows:
     def append(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Append rows, each flushed before it is handed on."""
         with explain_write_errors(self.file):
-            file = self.file.open("a", encoding="utf-8")
+            file = self.file.open("ab", buffering=0)  # closing has nothing left to write, and to fail with
         with file:
             for row in rows:
                 with explain_write_errors(self.file):
-                    file.write(json.dumps(row, allow_nan=False) + "\n")
-                    file.flush()
+                    file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
                 yield row
 
     def finish(self, columns: Sequence[str], rows: Iterator[dict[str, Any]] | None = None) -> None:

@@ -20,7 +20,10 @@ def having(argument):
     return [name for name, arguments in ARGUMENTS.items() if argument in arguments]
 
 
-every_model = pytest.mark.parametrize("name", ARGUMENTS)
+SAME_CLASS = ("golden_template",)  # as template_bank
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SAME_CLASS else name for name in ARGUMENTS]
+)
 halving_model = pytest.mark.parametrize("name", having("depth"))
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 64
@@ -89,7 +92,7 @@ def evaluated(model, x):
 
 @every_model
 @every_channels
-@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("size", [64, pytest.param(96, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False])
 def test_observed_and_expected_have_one_shape(make, name, channels, size, training):
     x = tiles(channels, size)
@@ -132,7 +135,7 @@ def test_penalty_is_a_finite_scalar_or_nothing(make, name, training):
 
 @every_model
 @every_channels
-@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("size", [64, pytest.param(96, marks=pytest.mark.slow)])
 def test_repaired_is_one_logit_a_pixel_or_nothing(make, name, channels, size):
     output = make(name, channels, size).train()(tiles(channels, size))
     if output.repaired is not None:

@@ -207,6 +207,7 @@ def test_too_few_images_are_refused_before_training_where_that_is_known(root, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_too_few_images_of_one_class_name_it_and_lose_no_training(root, tmp_path, run_cli):
     words = ["train", "data=mvtec", f"data.root={root}", *BANK, "calibration.by_class=true", f"out={tmp_path / 'run'}"]
     refused = run_cli([*words, "calibration.alpha=0.0323"])  # needs 30 of each, of 60: all wild parts there are
@@ -220,6 +221,7 @@ def test_too_few_images_of_one_class_name_it_and_lose_no_training(root, tmp_path
 # --- classes that the data name
 
 
+@pytest.mark.slow
 def test_named_classes_have_a_template_a_threshold_and_their_name(root, tmp_path, run_cli, save):
     for kind, count in (("bar across", 40), ("bar down", 30)):
         for number in range(count):

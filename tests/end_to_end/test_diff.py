@@ -69,7 +69,7 @@ def test_a_defect_is_found_where_it_is(pair, tmp_path, run_cli):
     left, top, width, height = row["boxes"][0]
     assert abs(left - 60) <= 3 and abs(top - 30) <= 3 and abs(width - 15) <= 5 and abs(height - 12) <= 5
     assert row["precision"] > 0.5 and row["recall"] > 0.5 and row["roc_area"] > 0.8
-    assert "against the masks (mean over 1 pairs): dice" in result.out and "different: " in result.out
+    assert "against the masks (mean, and over how many pairs): dice" in result.out and "different: " in result.out
     found = np.array(Image.open(tmp_path / "out" / row["mask"])) > 0
     score_map = np.array(Image.open(tmp_path / "out" / row["map"]))
     assert found.shape == score_map.shape == SHAPE and found[DEFECT].mean() > 0.5
@@ -111,7 +111,7 @@ def test_folders_are_paired_by_name(folders, run_cli):
     assert result.code == 0, result.err
     rows = rows_of(folders / "out")
     assert [row["decision"] for row in rows] == ["different"] * 3 + ["same"] * 9
-    assert "12 pairs: 3 different, 0 unusable" in result.out and "mean over 3 pairs" in result.out
+    assert "12 pairs: 3 different, 0 unusable" in result.out and "recall 1.000 (3)" in result.out
     assert (folders / "out/maps/lot/00.tiff").is_file() and (folders / "out/side_by_side/lot/11.png").is_file()
     again = run_cli(words)
     assert again.code == 2 and "already holds differences" in again.sentences[0]
@@ -272,3 +272,84 @@ def test_a_run_is_not_written_over(pair, run_copy, run_cli):
         result = run_cli(["diff", *pair[:2], f"out={run_copy}", *words])
         assert result.code == 2 and "holds a run (run.json)" in result.sentences[0]
     assert (run_copy / "card.json").read_text() == card
+
+
+def test_results_go_nowhere_near_the_inputs(folders, run_cli):
+    before = {path: path.read_bytes() for path in sorted((folders / "masks").rglob("*.png"))}
+    result = run_cli(["diff", "references", "queries", "mask=masks", "out=."])
+    assert result.code == 2 and "where the results would go" in result.sentences[0]
+    assert {path: path.read_bytes() for path in sorted((folders / "masks").rglob("*.png"))} == before
+
+
+def test_results_are_no_inputs(folders, run_cli):
+    assert run_cli(["diff", "references/lot/03.png", "queries", "out=queries/results"]).code == 0
+    assert "12 pairs" in run_cli(["diff", "references/lot/03.png", "queries", "out=out"]).out
+
+
+def interrupt(run_cli, monkeypatch, words):
+    from blemish.difference.outputs import DifferenceFiles
+
+    write = DifferenceFiles.write_images
+
+    def until_the_seventh(self, pair, found):
+        if pair.query.stem == "07":
+            raise KeyboardInterrupt
+        return write(self, pair, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DifferenceFiles, "write_images", until_the_seventh)
+        assert run_cli(words).code == 130
+
+
+def test_an_unfinished_comparison_goes_on_with_its_own_settings_and_images_only(folders, run_cli, monkeypatch):
+    words = ["diff", "references", "queries", "out=out"]
+    interrupt(run_cli, monkeypatch, words)
+    for other in (["threshold.kind=fixed"], ["cleaning.min_area=500"], ["mask=masks"]):
+        result = run_cli([*words, *other])
+        assert result.code == 2 and "unfinished differences of other images, settings or card" in result.sentences[0]
+    (folders / "queries/lot/00.png").unlink()
+    result = run_cli(words)
+    assert result.code == 2 and "unfinished differences of other images" in result.sentences[0]
+
+
+def test_a_card_lies_beside_what_rests_on_it_only(folders, tmp_path, save, run_cli):
+    for number in range(19):
+        save(tmp_path / f"normal/{number:02}.png", as_bytes(pattern(500 + number, 0.01)))
+    words = ["diff", "references/lot/00.png", "normal"]
+    assert run_cli([*words, "out=out"]).code == 0
+    refused = run_cli([*words, "learn=true", "out=out"])
+    assert refused.code == 2 and "holds differences" in refused.sentences[0]
+    assert run_cli([*words, "learn=true", "out=card"]).code == 0
+    refused = run_cli([*words, "out=card"])
+    assert refused.code == 2 and "holds a card" in refused.sentences[0]
+    region = ["calibration.mask_rule=region", "calibration.region_area=99999"]
+    refused = run_cli([*words, "learn=true", "out=other", *region])
+    assert refused.code == 2 and "no mask could ever break the rule" in refused.sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["threshold.kind=fixed", "threshold.value=inf"], "finite"),
+        (["preprocessing.sigma=1e6"], "at most 256"),
+        (["tolerance=60000"], "0 to 64"),
+        (["postprocessing.radius=60000"], "1 to 256"),
+        (["learn=true", "mask=mask.png"], "leave mask= out"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(pair, run_cli, words, sentence):
+    result = run_cli(["diff", *pair[:2], "out=out", *words])
+    assert result.code == 2 and sentence in result.sentences[0]
+
+
+def test_masks_of_nothing(folders, run_cli):
+    for path in sorted((folders / "masks/lot").iterdir()):
+        path.rename(path.with_name(f"x{path.name}"))
+    result = run_cli(["diff", "references", "queries", "mask=masks", "out=out"])
+    assert result.code == 2 and "None of the 3 masks" in result.sentences[0]
+
+
+def test_a_word_without_a_name_takes_the_place_that_is_left(pair, tmp_path, run_cli):
+    assert run_cli(["diff", f"reference={pair[0]}", pair[1], "out=out"]).code == 0
+    assert rows_of(tmp_path / "out")[0]["reference"] == str(pair[0])

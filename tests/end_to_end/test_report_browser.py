@@ -169,6 +169,7 @@ def page(driver, pages):
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_the_console_hears_of_an_error(driver, pages):
     page = Page(driver, pages["evaluation"])
     page.script("void console.error('seen')")
@@ -260,6 +261,7 @@ def test_filters(page):
     assert page.names() == []
 
 
+@pytest.mark.slow
 def test_pages(page):
     page.choose("sort", "name, A to Z")
     seen = page.names()
@@ -275,6 +277,7 @@ def test_pages(page):
     assert page["page"].text == "Page 1 of 1"
 
 
+@pytest.mark.slow
 def test_images_without_thumbnails_are_linked(page):
     page["text"].send_keys("good_00")
     picture = page.all("#gallery .main img")[0]
@@ -294,6 +297,7 @@ def test_every_picture_has_words(page):
     assert all(word.split(" of ")[0] in {"observed", "expected", "heat map", "mask", "truth"} for word in words)
 
 
+@pytest.mark.slow
 def test_the_opacity_of_the_heat(page):
     opacity = "getComputedStyle(document.querySelector('.overlay')).opacity"
     assert page.script(opacity) == "0.6"
@@ -304,6 +308,7 @@ def test_the_opacity_of_the_heat(page):
     assert page["opacity-now"].text == "0 %"
 
 
+@pytest.mark.slow
 def test_the_keyboard_reaches_everything(page):
     reached = []
     for _ in range(20):
@@ -319,12 +324,14 @@ def test_the_keyboard_reaches_everything(page):
     assert page["outcome"].get_attribute("aria-live") == "polite"
 
 
+@pytest.mark.slow
 def test_the_skip_link_leads_to_the_pictures(page):
     page.press(Keys.TAB)
     page.press(Keys.ENTER)
     page.until(lambda: page.focused() == "gallery-title")
 
 
+@pytest.mark.slow
 def test_enter_enlarges_and_escape_closes(page):
     first = page.all("#gallery .main")[0]
     first.send_keys(Keys.ENTER)
@@ -338,6 +345,7 @@ def test_enter_enlarges_and_escape_closes(page):
     assert page["large-title"].text.startswith("heat map: ")
 
 
+@pytest.mark.slow
 def test_the_theme_changes_page_and_plots(page):
     look = "[getComputedStyle(document.body).backgroundColor, document.getElementById('histogram').layout.font.color]"
     light = page.script(look)
@@ -349,6 +357,7 @@ def test_the_theme_changes_page_and_plots(page):
     assert page.script(look) == light
 
 
+@pytest.mark.slow
 def test_a_dark_system_starts_dark_and_prints_light(driver, pages):
     page = Page(driver, pages["evaluation"], scheme="dark")
     theme = "document.documentElement.dataset.theme"
@@ -359,6 +368,7 @@ def test_a_dark_system_starts_dark_and_prints_light(driver, pages):
     assert page.script(theme) == "dark"
 
 
+@pytest.mark.slow
 def test_paper_has_no_controls(driver, pages):
     page = Page(driver, pages["evaluation"], media="print")
     assert [e.tag_name for e in page.all("input, select, #theme, .pager button, .decide") if e.is_displayed()] == []
@@ -374,6 +384,7 @@ def test_the_roc_curve_follows_the_kind(page):
     assert page.script(point) == 3 / 4
 
 
+@pytest.mark.slow
 def test_predictions_have_no_kinds(driver, pages):
     page = Page(driver, pages["predictions"])
     assert page.counts() == {"flagged": ROUND["flagged"]}
@@ -386,6 +397,7 @@ def test_predictions_have_no_kinds(driver, pages):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [(1280, "light"), (400, "dark"), pytest.param(1280, "dark", marks=SLOW), pytest.param(400, "light", marks=SLOW)],

@@ -284,6 +284,7 @@ def test_run_that_is_told_to_stop_stops(tiny_data, tiny, tmp_path, capfd):
     assert not (tmp_path / "run/detector.pt").exists() and "blemish:" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_search_by_command(run_cli, normal_folder, tiny, tmp_path):
     pytest.importorskip("optuna")
     words = ["train", "--multirun", "sweep=optuna", "sweep.trials=2", f"data.root={normal_folder}", "out=found"]

@@ -72,7 +72,7 @@ def test_another_seed_gives_other_weights_and_parts(train, tiny_run):
     assert (other / "splits.csv").read_text() != (tiny_run / "splits.csv").read_text()
 
 
-@pytest.mark.parametrize("setting", ["training.cache_gb=0", "training.workers=1"])
+@pytest.mark.parametrize("setting", ["training.cache_gb=0", pytest.param("training.workers=1", marks=pytest.mark.slow)])
 def test_how_tiles_are_prepared_changes_no_bit(train, tiny_run, setting):
     assert_same_weights(train(setting), tiny_run)
 
@@ -100,6 +100,7 @@ def test_interrupted_training_resumes_to_the_same_bits(
     assert json.loads((run / "run.json").read_text())["status"] == "done"
 
 
+@pytest.mark.slow
 def test_training_stopped_before_its_first_checkpoint_starts_over(train, run_cli, tiny_run, run_copy):
     for name in ("detector.pt", "card.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
         (run_copy / name).unlink()
@@ -178,8 +179,11 @@ def test_loss_falls(train):
     "settings",
     [
         ("trainer.precision=bf16-mixed",),
-        ("training.channels_last=false",),
-        ("model=vae", "model.latent=flat", "objective.warmup_steps=2", "objective.free_bits=0.1"),
+        pytest.param(("training.channels_last=false",), marks=pytest.mark.slow),
+        pytest.param(
+            ("model=vae", "model.latent=flat", "objective.warmup_steps=2", "objective.free_bits=0.1"),
+            marks=pytest.mark.slow,
+        ),
         ("residual=gradient", "image.channels=3", "image.max_side=40", "smoothing.sigma=0", "augment=flips"),
     ],
     ids=["bf16", "contiguous", "flat vae", "colour"],
@@ -194,11 +198,13 @@ def steps_in(run, name):
     return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"]
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_training_that_does_not_improve(train):
     run = train("training.steps=40", "training.learning_rate=1e-12", "training.patience=2")
     assert steps_in(run, "last") < 40
 
 
+@pytest.mark.slow
 def test_every_epoch_is_kept_whether_it_improved_or_not(train):
     run = train("training.steps=40", "training.learning_rate=1e-12", "training.patience=null")
     assert steps_in(run, "last") == 40  # where a resumed training goes on

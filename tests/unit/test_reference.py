@@ -206,7 +206,7 @@ def test_the_scorer_tells_the_class_in_the_pass_that_scores():
 
 
 def test_a_class_without_a_tile_is_one_sentence():
-    with pytest.raises(ConfigError, match="training images of the class 'right', found none"):
+    with pytest.raises(ConfigError, match="images of the class 'right' among the 2 training images"):
         fitted(1, as_tiles([picture(0)] * 2), ["left"] * 2, classes=["left", "right"])
 
 

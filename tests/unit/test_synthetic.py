@@ -12,6 +12,7 @@ import pytest
 from blemish import load_detector
 from blemish.data.images import read_pixels, to_unit
 from blemish.data.synthetic import KINDS, SMALLEST_SIDE, add_defect, deal_kinds
+from blemish.detector import ScoredImage
 from blemish.errors import ConfigError, ImageError
 from blemish.evaluation import synthetic
 from blemish.evaluation.synthetic import METRICS, check_metric, read_metric, synthetic_defects_figure, write_figure
@@ -108,17 +109,18 @@ def test_kinds_are_dealt_evenly(images, most, pairs):
 def seeing(blind=False):
     """A detector for even images of level 100, which it knows by heart, or one that sees nothing."""
 
-    def score_maps(images):
+    def score_batches(images):
         for image in images:
-            yield np.zeros(image.shape[:2], np.float32) if blind else np.abs(image[..., 0].astype(np.float32) - 100)
+            far = np.abs(image[..., 0].astype(np.float32) - 100)
+            yield [ScoredImage(np.zeros_like(far) if blind else far, None, None)]
 
-    def decide(score_map):
+    def decide(score_map, label):
         mask = score_map > 1
         return SimpleNamespace(
             image_score=float(score_map.max()), is_anomalous=mask.any(), score_map=score_map, mask=mask
         )
 
-    return SimpleNamespace(score_maps=score_maps, decide=decide)
+    return SimpleNamespace(score_batches=score_batches, decide=decide)
 
 
 @pytest.fixture

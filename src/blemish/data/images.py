@@ -28,7 +28,7 @@ Pixels = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
-_OURS = ("detector.pt", "predict.json")  # what marks a folder of a run or of predictions
+_OURS = ("detector.pt", "predict.json", "diff.json")  # what marks a folder of a run or of results
 _GREY_MODES = ("1", "L", "LA", "La", "F", "I")
 _SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 

@@ -51,6 +51,7 @@ def build_comparison(settings: Mapping[str, Any]) -> Comparison:
     threshold = {"threshold": {**settings["threshold"], "kind": kind}}
     return Comparison(
         scorer=TorchScorer(ReferencePair(settings["tolerance"]), score, pick_device(settings["device"])),
+        tolerance=settings["tolerance"],
         channels=channels,
         alignment=build_section(Alignment, settings, "alignment"),
         filters=build_section(Filters, settings, "preprocessing"),
@@ -76,6 +77,7 @@ def made_by(settings: Mapping[str, Any], comparison: Comparison) -> dict[str, An
         "version": __version__,
         "fingerprint": digest.hexdigest(),
         "calibration": decided,
+        "asked": {name: settings[name] for name in ("reference", "query", "mask", "threshold", "cleaning")},
         "settings": {key: value for key, value in settings.items() if key not in ("overwrite", "learn")},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -92,7 +94,7 @@ def read_card(path: Path, fingerprint: str) -> Calibration:
         card = Calibration.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise CalibrationError(f"There is no {file}: card= takes the folder that learn=true made.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, CalibrationError) as error:
         raise CalibrationError(f"{file} is damaged: learn it again with learn=true.") from error
     if card.fingerprint != fingerprint:
         raise CalibrationError(

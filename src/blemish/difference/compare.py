@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import cv2
 import numpy as np
 
 from blemish.alignment import Aligned, Alignment
@@ -13,6 +14,7 @@ from blemish.alignment.motion import Motion
 from blemish.alignment.verdict import Verdict
 from blemish.calibration import Calibration
 from blemish.data.images import FloatArray, Pixels, check_pixels, to_unit
+from blemish.detector import mask_by_card
 from blemish.difference.filters import Filters
 from blemish.difference.map_filters import MapFilters
 from blemish.difference.thresholds import MapThreshold
@@ -66,12 +68,14 @@ class Comparison:
     Args:
         channels: 1 compares grey values, 3 colours; None takes colours where both images have them.
         scorer: makes score tiles of pairs; see `ReferencePair`.
+        tolerance: of the scorer's `ReferencePair`: the pixels that an edge may be off.
         tiling: its size is an upper bound: smaller images are one tile.
         threshold: what counts as different; not asked where there is a card.
-        card: learned from normal pairs, see `blemish.pipeline`.
+        card: learned from normal pairs, see `blemish.difference.run.learn`.
     """
 
     scorer: TileScorer
+    tolerance: int = 0
     channels: int | None = None
     alignment: Alignment = field(default_factory=Alignment)
     filters: Filters = field(default_factory=Filters)
@@ -85,20 +89,26 @@ class Comparison:
         """(h, w, C) and (H, W, C), any kinds of pixels -> where they differ.
 
         Raises:
-            ImageError: no images, or of different size and nothing says how one lies on the other.
+            ImageError: no images, or of different size and nothing says how one lies on the other, or the residual has
+                no finite value somewhere.
         """
         times = [time.perf_counter()]
         aligned = self.align(reference, query)
+        valid = _whole_windows(aligned.valid, self.tolerance)
+        if not valid.any():
+            raise ImageError("Reference and query do not overlap: check that they show the same thing.")
         times.append(time.perf_counter())
         expected = np.where(aligned.valid[..., None], aligned.reference, aligned.query)  # no edge to filter there
         expected, observed = self.filters(expected), self.filters(aligned.query)
         times.append(time.perf_counter())
-        pair = np.concatenate([observed, expected, aligned.valid[..., None]], axis=2, dtype=np.float32)
+        pair = np.concatenate([observed, expected, valid[..., None]], axis=2, dtype=np.float32)
         side = min(self.tiling.size, max(_LEAST_TILE, min(pair.shape[:2])))
         score_map = apply_tiled(self.scorer, pair[None], replace(self.tiling, size=side))[0]
-        score_map = self.map_filters(score_map, aligned.valid)
+        score_map = self.map_filters(score_map, valid)
+        if not np.isfinite(score_map).all():
+            raise ImageError("The difference map has NaN or infinite values: choose another residual or strategy.")
         times.append(time.perf_counter())
-        found = self._decide(score_map, aligned, observed, expected)
+        found = self._decide(score_map, valid, aligned, observed, expected)
         times.append(time.perf_counter())
         return replace(found, seconds=dict(zip(STEPS, np.diff(times).tolist(), strict=True)))
 
@@ -115,33 +125,24 @@ class Comparison:
                 f"The reference is of {sizes[0]} pixels, the query of {sizes[1]}, and no motion was found that lays "
                 "one on the other: resize one of them, or set alignment.motion=homography and alignment.start=features."
             )
-        if not aligned.valid.any():
-            raise ImageError("Reference and query do not overlap: check that they show the same thing.")
         return aligned
 
     def _decide(
-        self, score_map: FloatArray, aligned: Aligned, observed: FloatArray, expected: FloatArray
+        self, score_map: FloatArray, valid: Mask, aligned: Aligned, observed: FloatArray, expected: FloatArray
     ) -> Difference:
         card = self.card
         if card:
             score, threshold = card.mask_rule.score(score_map), card.threshold
-            raw = score_map > threshold
-            cleaning = Cleaning(max(self.cleaning.min_area, card.mask_rule.smallest_region))
+            mask, regions = mask_by_card(card, self.cleaning, score_map)
         else:
             score = float(score_map.max())
-            differences, contrast = _noise(observed - expected, aligned.valid), _contrast(expected, aligned.valid)
-            raw, threshold = self.threshold(score_map, aligned.valid, observed.shape[2], differences, contrast)
-            cleaning = self.cleaning
-
-        def p_value(part: FloatArray, inside: Mask) -> float:
-            assert card
-            return card.p_value(card.mask_rule.score_of_region(part, inside, score_map.size))
-
-        mask, regions = cleaning(raw, score_map, p_value if card else None)
+            differences, contrast = _noise(observed - expected, valid), _contrast(expected, valid)
+            raw, threshold = self.threshold(score_map, valid, observed.shape[2], differences, contrast)
+            mask, regions = self.cleaning(raw, score_map)
         return Difference(
             observed=observed,
             expected=expected,
-            valid=aligned.valid,
+            valid=valid,
             score_map=score_map,
             threshold=threshold,
             mask=mask,
@@ -172,9 +173,16 @@ def _noise(difference: FloatArray, valid: Mask) -> FloatArray:
     return lagged if is_structure else values
 
 
+def _whole_windows(valid: Mask, radius: int) -> Mask:
+    """Where the reference shows all of the square of `radius` pixels in which an edge may lie."""
+    side = 2 * radius + 1
+    # Beyond the image's border neither shows anything.
+    return cv2.erode(valid.view(np.uint8), np.ones((side, side), np.uint8)).view(np.bool_)
+
+
 def _contrast(image: FloatArray, valid: Mask) -> float:
-    """From dark to bright in (H, W, C), a hundredth of the pixels left out at either end."""
-    low, high = np.percentile(image.mean(axis=2)[valid], (1, 99))
+    """From dark to bright in (H, W, C), a thousandth of the pixels left out at either end: patterns may be sparse."""
+    low, high = np.percentile(image.mean(axis=2)[valid], (0.1, 99.9))
     return float(high - low)
 
 

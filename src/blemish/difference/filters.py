@@ -14,6 +14,8 @@ from blemish.errors import ConfigError, ImageError, nearest_names
 
 _LEAST_SPREAD = 0.02  # of an image in [0, 1]: noise on an even surface is not blown up further
 
+WIDEST = 256  # pixels that any filter may reach: what it costs grows with them
+
 
 @dataclass(frozen=True)
 class Filters:
@@ -23,7 +25,7 @@ class Filters:
         chain: in this order, any of: identity; normalise, to a mean of 0.5 and a standard deviation of 0.2, over all
             channels; low_pass, Gaussian; high_pass, what low_pass leaves out, about 0.5; wavelet, the detail bands
             alone, about 0.5; clahe, contrast-limited adaptive histogram equalisation. What lies beyond [0, 1] is cut.
-        sigma: of low_pass and high_pass, in pixels.
+        sigma: of low_pass and high_pass, in pixels; at most 256, as the time it takes grows with it.
         wavelet: its name in PyWavelets.
         levels: how many detail bands, from the finest on; fewer where the image is too small for so many.
 
@@ -41,9 +43,10 @@ class Filters:
 
     def __post_init__(self) -> None:
         check_chain("preprocessing.chain", self.chain, FILTERS)
-        if not (self.sigma > 0 and self.levels >= 1):
+        if not (0 < self.sigma <= WIDEST and self.levels >= 1):
             raise ConfigError(
-                f"Expected preprocessing.sigma > 0 and preprocessing.levels >= 1, found {self.sigma} and {self.levels}."
+                f"Expected preprocessing.sigma above 0 and at most {WIDEST} and preprocessing.levels >= 1, found "
+                f"{self.sigma} and {self.levels}."
             )
         if "wavelet" in self.chain:
             import pywt

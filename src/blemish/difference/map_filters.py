@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from blemish.data.images import FloatArray
-from blemish.difference.filters import check_chain
+from blemish.difference.filters import WIDEST, check_chain
 from blemish.errors import ConfigError
 from blemish.postprocess import Mask, Smoothing
 
@@ -46,12 +46,14 @@ class MapFilters:
 
     def __post_init__(self) -> None:
         check_chain("postprocessing.chain", self.chain, MAP_FILTERS)
-        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"Expected postprocessing.kernel to be an odd number of pixels, found {self.kernel}.")
-        if not self.sigma > 0:
-            raise ConfigError(f"Expected postprocessing.sigma > 0, found {self.sigma}.")
-        if not isinstance(self.radius, int) or self.radius < 1:
-            raise ConfigError(f"Expected postprocessing.radius to be a whole number >= 1, found {self.radius}.")
+        if not isinstance(self.kernel, int) or not 1 <= self.kernel <= WIDEST or self.kernel % 2 == 0:
+            raise ConfigError(
+                f"Expected postprocessing.kernel to be an odd number of pixels up to {WIDEST}, found {self.kernel}."
+            )
+        if not 0 < self.sigma <= WIDEST:
+            raise ConfigError(f"Expected postprocessing.sigma above 0 and at most {WIDEST}, found {self.sigma}.")
+        if not isinstance(self.radius, int) or not 1 <= self.radius <= WIDEST:
+            raise ConfigError(f"Expected postprocessing.radius to be 1 to {WIDEST} whole pixels, found {self.radius}.")
 
     def __call__(self, score_map: FloatArray, valid: Mask) -> FloatArray:
         """(H, W) >= 0 and where it is defined -> (H, W) >= 0, 0 where it is not defined."""

@@ -10,10 +10,11 @@ import numpy as np
 
 from blemish.difference.compare import Difference
 from blemish.difference.pairs import Pair
+from blemish.errors import BlemishError
 from blemish.files import CARD_FILE
 from blemish.outputs import note_of, save_map, save_png
 from blemish.pictures import Picture, as_rgb, hatched, heat_map
-from blemish.rows import UnfinishedRows
+from blemish.rows import UnfinishedRows, check_own
 
 TABLE, MADE_FILE = "differences", "diff.json"
 PICTURES = {"map": ".tiff", "mask": ".png", "overlay": ".png", "side_by_side": ".png"}
@@ -44,15 +45,18 @@ class DifferenceFiles:
     """Writes one pair's files at a time; see `UnfinishedRows` for what a kill leaves.
 
     Raises:
-        BlemishError: `out` already holds differences, or unfinished ones made otherwise.
+        BlemishError: `out` already holds differences or a card, or unfinished differences made otherwise.
     """
 
     def __init__(self, out: Path, made: Mapping[str, Any], overwrite: bool) -> None:
         self._out = out
         self._note = note_of(made)
         owned = (CARD_FILE, *(folder_of(name) for name in PICTURES))
-        same = ("fingerprint", "calibration")
-        self.rows = UnfinishedRows(out, TABLE, MADE_FILE, made, same, owned, overwrite, "differences")
+        check_own(out, MADE_FILE, "differences")
+        if (out / CARD_FILE).exists() and not (out / MADE_FILE).exists():
+            raise BlemishError(f"{out} holds a card, learned from pairs: choose another out= for differences.")
+        same, others = ("fingerprint", "calibration", "asked"), "other images, settings or card"
+        self.rows = UnfinishedRows(out, TABLE, MADE_FILE, made, same, owned, overwrite, "differences", others)
 
     def write_images(self, pair: Pair, found: Difference) -> dict[str, str]:
         """Write the four pictures of a pair; where they are, below the folder."""

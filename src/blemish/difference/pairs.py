@@ -29,7 +29,8 @@ def find_pairs(reference: Path, query: Path, mask: Path | None = None) -> list[P
     end in _mask or _gt. References and masks may be left over, queries may not.
 
     Raises:
-        DataError: a path is missing or no image, a query has no reference, or two files have one name.
+        DataError: a path is missing or no image, a query has no reference, no mask has a query, or two files have one
+            name.
     """
     for path, what in ((reference, "reference"), (query, "query"), (mask, "mask")):
         if path is not None and not path.exists():
@@ -44,19 +45,24 @@ def find_pairs(reference: Path, query: Path, mask: Path | None = None) -> list[P
         raise DataError(f"The query is a folder, the mask {mask} a file: give a folder of masks.")
     queries = list_images(query)
     names = unique_stems([path.relative_to(query) for path in queries])
-    references = dict.fromkeys(names, reference) if reference.is_file() else _by_name(reference)
+    keys = [path.relative_to(query).with_suffix("") for path in queries]
+    references = dict.fromkeys(keys, reference) if reference.is_file() else _by_name(reference)
     masks = _by_name(mask) if mask is not None else {}
     pairs = []
-    for path, name in zip(queries, names, strict=True):
-        found = references.get(name) or references.get(name.with_suffix(""))
-        if found is None:
-            lonely = [other for other in names if other not in references and other.with_suffix("") not in references]
+    for path, name, key in zip(queries, names, keys, strict=True):
+        if key not in references:
+            lonely = sum(other not in references for other in keys)
             raise DataError(
-                f"{len(lonely)} of {len(names)} queries have no reference, the first is {path}: expected an image "
-                f"{reference / name.with_suffix('.*')}."
+                f"{lonely} of {len(keys)} queries have no reference, the first is {path}: expected an image "
+                f"{reference / key}.*."
             )
-        candidates = (name, *(name.with_name(name.name + suffix) for suffix in _MASK_SUFFIXES))
-        pairs.append(Pair(path, found, name, next((masks[one] for one in candidates if one in masks), None)))
+        candidates = (key, *(key.with_name(key.name + suffix) for suffix in _MASK_SUFFIXES))
+        pairs.append(Pair(path, references[key], name, next((masks[one] for one in candidates if one in masks), None)))
+    if masks and all(pair.mask is None for pair in pairs):
+        raise DataError(
+            f"None of the {len(masks)} masks in {mask} belongs to a query: expected one called like {pairs[0].query}, "
+            "at the same place below its folder."
+        )
     return pairs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from blemish.data.splits import digest_files
 from blemish.difference.compare import Comparison, Difference
 from blemish.difference.outputs import TRUTH, DifferenceFiles, row_of
 from blemish.difference.pairs import Pair
-from blemish.errors import CalibrationError, DataError, ImageError
+from blemish.errors import BlemishError, CalibrationError, DataError, ImageError
 from blemish.evaluation.curves import PixelCurves
 from blemish.evaluation.metrics import Confusion
 from blemish.files import CARD_FILE, write_json
@@ -68,11 +67,16 @@ def diff(
     Raises:
         BlemishError: `out` cannot be used. ConfigError: a setting does not fit the images.
     """
+    _check_apart(out, pairs)
     files = DifferenceFiles(out, made, overwrite)
     if comparison.card:
         write_json(out / CARD_FILE, comparison.card.to_dict())
     rows = files.rows.done()
     done = {(row["query"], row["reference"]) for row in rows}
+    if done - {(str(pair.query), str(pair.reference)) for pair in pairs}:
+        raise BlemishError(
+            f"{out} holds unfinished differences of other images: choose another out=, or set overwrite=true."
+        )
     todo = [pair for pair in pairs if (str(pair.query), str(pair.reference)) not in done]
 
     def work(pair: Pair) -> dict[str, Any]:
@@ -92,6 +96,15 @@ def diff(
     files.finish()
     means = {name: [row[name] for row in rows if row[name] is not None] for name in TRUTH}
     return DiffSummary(rows, resumed, {name: float(np.mean(values)) for name, values in means.items() if values})
+
+
+def _check_apart(out: Path, pairs: Sequence[Pair]) -> None:
+    """Raise BlemishError if an input lies where the results go."""
+    folder = out.resolve()
+    for pair in pairs:
+        for path in (pair.query, pair.reference, pair.mask):
+            if path is not None and folder in path.resolve().parents:
+                raise BlemishError(f"{path} lies in {out}, where the results would go: choose another out=.")
 
 
 def learn(
@@ -121,8 +134,7 @@ def learn(
             score_map = _compared(comparison, pair).score_map
         except ImageError as error:
             raise DataError(f"A pair cannot be used. {error}") from error
-        if not math.isfinite(float(score_map.max())):
-            raise CalibrationError(f"The difference map of {pair.query} has NaN or infinite values.")
+        mask_rule.check_size(score_map.size, pair.query)
         return mask_rule.score(score_map)
 
     bar = tqdm(_each(score, pairs), "calibrating", len(pairs), unit="pair", disable=not progress, leave=False)
@@ -134,10 +146,10 @@ def _each(work: Callable[[Pair], Result], pairs: Sequence[Pair]) -> Iterator[Res
 
     def area(pair: Pair) -> float:
         try:
-            info = probe(pair.query)
+            sizes = [probe(path) for path in (pair.query, pair.reference)]
         except ImageError:
             return 0
-        return info.width * info.height
+        return max(info.width * info.height for info in sizes)
 
     return map_ahead(work, pairs, area, _PIXELS_AHEAD, workers=min(8, os.cpu_count() or 1))
 
@@ -175,7 +187,8 @@ def in_words(summary: DiffSummary, card: Calibration | None = None) -> str:
         if row["regions"] > _LISTED:
             lines.append(f"  and {row['regions'] - _LISTED} more, in the table")
         lines.append(f"alignment: {moved}; {100 * row['valid_share']:.3g} % of the query can be compared")
-        lines.append(f"threshold: {row['threshold']:.4g}, largest difference {row['image_score']:.4g}")
+        what = "score" if card else "largest difference"
+        lines.append(f"threshold: {row['threshold']:.4g}, {what} {row['image_score']:.4g}")
         if row["p_value"] is not None:
             lines.append(f"p-value: {row['p_value']:.3g}")
     else:
@@ -185,7 +198,7 @@ def in_words(summary: DiffSummary, card: Calibration | None = None) -> str:
     if card:
         lines.append(f"calibrated: {card.in_words()}")
     if summary.truth:
-        masks = sum(row["dice"] is not None for row in summary.rows)
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in summary.truth.items())
-        lines.append(f"against the masks (mean over {masks} pairs): {figures}")
+        usable = {name: sum(row[name] is not None for row in summary.rows) for name in summary.truth}
+        figures = [f"{name.replace('_', ' ')} {value:.3f} ({usable[name]})" for name, value in summary.truth.items()]
+        lines.append(f"against the masks (mean, and over how many pairs): {', '.join(figures)}")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,10 +68,12 @@ class MapThreshold:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"Unknown threshold.kind '{self.kind}': {nearest_names(self.kind, KINDS)}")
-        if not (0 < self.confidence < 1 and 0 <= self.visible <= 1 and self.value >= 0 and self.least >= 0):
+        finite = 0 <= self.value < math.inf and 0 <= self.least < math.inf
+        if not (0 < self.confidence < 1 and 0 <= self.visible <= 1 and finite):
             raise ConfigError(
-                "Expected threshold.confidence between 0 and 1, threshold.visible in [0, 1], threshold.value >= 0 and "
-                f"threshold.least >= 0, found {self.confidence}, {self.visible}, {self.value} and {self.least}."
+                "Expected threshold.confidence between 0 and 1, threshold.visible in [0, 1], and threshold.value and "
+                "threshold.least finite and >= 0, found "
+                f"{self.confidence}, {self.visible}, {self.value} and {self.least}."
             )
 
     def __call__(

@@ -24,6 +24,8 @@ STATISTICS = ("median", "mean")
 _FLOOR = 2 / 255  # of the spread: where all normal tiles agree exactly, rounding is still no defect
 _MAD = 1.4826  # a normal distribution's standard deviation in median absolute deviations
 _SIDE = 32  # of the shrunken tiles that are clustered and matched
+_FARTHEST = 64  # pixels that an edge may be off
+_STRIP = 2**22  # values of which a median is taken at once
 _ROUNDS = 2  # of alignment: to a tile in the middle, then to what they all have in common
 
 
@@ -35,13 +37,13 @@ class ReferencePair(nn.Module):
             within so many pixels (a square), so that an edge may lie so far off. 0 compares pixel with pixel.
 
     Raises:
-        ConfigError: tolerance is no whole number >= 0, or (in `forward`) a tile is no such pile.
+        ConfigError: tolerance is no whole number from 0 to 64, or (in `forward`) a tile is no such pile.
     """
 
     def __init__(self, tolerance: int = 0) -> None:
         super().__init__()
-        if not isinstance(tolerance, int) or tolerance < 0:
-            raise ConfigError(f"Expected tolerance to be a whole number of pixels >= 0, found {tolerance}.")
+        if not isinstance(tolerance, int) or not 0 <= tolerance <= _FARTHEST:
+            raise ConfigError(f"Expected tolerance to be 0 to {_FARTHEST} whole pixels, found {tolerance}.")
         self.tolerance = tolerance
 
     def forward(self, x: Tensor) -> Output:
@@ -124,7 +126,7 @@ class TemplateBank(nn.Module):
         return tuple(self._names or (f"template {number}" for number in range(1, len(self.templates) + 1)))
 
     def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
-        """As `Fittable`; all tiles are held in memory, as 8-bit values.
+        """As `Fittable`; all tiles are held in memory, as 8-bit values, and those of a kind aligned, as 16-bit floats.
 
         Raises:
             ConfigError: there is no tile, or none of a named class.
@@ -148,7 +150,10 @@ class TemplateBank(nn.Module):
         if self._names:
             missing = [name for name in self._names if name not in labels]
             if missing:
-                raise ConfigError(f"Expected training images of the class '{missing[0]}', found none: add some.")
+                raise ConfigError(
+                    f"Expected images of the class '{missing[0]}' among the {len(labels)} training images that are "
+                    "learned from, found none: add some."
+                )
             kinds = np.array([self._names.index(str(label)) for label in labels])
             centres = np.stack([signatures[kinds == kind].mean(axis=0) for kind in range(wanted)])
         elif wanted == 1 or different == 1:
@@ -171,19 +176,27 @@ class TemplateBank(nn.Module):
         spread = np.full(template.shape[:2], _FLOOR, np.float32)
         name = f"template {number + 1} of {len(self.templates)}"
         for _ in range(_ROUNDS):
-            bar = tqdm(members, name, unit="image", leave=False)
-            aligned = [self.alignment(_unit(member), template) for member in bar]
-            stack = np.stack([one.reference for one in aligned])
-            stack[~np.stack([one.valid for one in aligned])] = np.nan
-            # The template itself, where no other tile has anything.
-            stack = np.concatenate([stack, template[None]]) if len(stack) < 3 else stack
-            seen = np.isfinite(stack).any(axis=0)
-            middle = np.nanmedian if self.statistic == "median" else np.nanmean
-            template = np.where(seen, middle(np.where(seen, stack, 0.5), axis=0), template).astype(np.float32)
-            apart = np.abs(stack - template).mean(axis=3)
-            known = np.isfinite(apart).any(axis=0)
-            spread = np.where(known, _MAD * np.nanmedian(np.where(known, apart, 0), axis=0), 0).astype(np.float32)
+            stack = np.empty((len(members), *template.shape), np.float16)
+            for place, member in enumerate(tqdm(members, name, unit="image", leave=False)):
+                aligned = self.alignment(_unit(member), template)
+                stack[place] = np.where(aligned.valid[..., None], aligned.reference, np.nan)
+            rows = max(1, _STRIP // stack[:, 0].size)
+            strips = [slice(top, top + rows) for top in range(0, len(template), rows)]
+            parts = [self._middle(stack[:, strip].astype(np.float32), template[strip]) for strip in strips]
+            template, spread = (np.concatenate(part) for part in zip(*parts, strict=True))
         return template, spread + np.float32(_FLOOR)
+
+    def _middle(self, stack: FloatArray, template: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """The statistic of (N, H, S, C), NaN where a tile has nothing, and the spread (H, S) about it."""
+        # The template itself, where no other tile has anything.
+        stack = np.concatenate([stack, template[None]]) if len(stack) < 3 else stack
+        seen = np.isfinite(stack).any(axis=0)
+        middle = np.nanmedian if self.statistic == "median" else np.nanmean
+        template = np.where(seen, middle(np.where(seen, stack, 0.5), axis=0), template).astype(np.float32)
+        apart = np.abs(stack - template).mean(axis=3)
+        known = np.isfinite(apart).any(axis=0)
+        spread = np.where(known, _MAD * np.nanmedian(np.where(known, apart, 0), axis=0), 0).astype(np.float32)
+        return template, spread
 
     def forward(self, x: Tensor) -> Output:
         """(B, C, S, S) in [0, 1] -> observed and expected (B, C, S, S), where they can be compared, spread, choice."""

@@ -56,7 +56,8 @@ class InputGradientScore(ExplainedScore):
             loss = x.new_zeros(()) if self.of == "kl" else residual.sum()
             if self.of != "residual":
                 loss = loss + (1 if self.of == "kl" else self.beta) * kl_map(latents_of(output, self), x).sum()
-            score = gradient(self, loss, x).abs().mean(dim=1, keepdim=True)
+            slope = gradient(self, loss, x)[:, : output.observed.shape[1]]  # of a pair, the reference has no slope
+            score = slope.abs().mean(dim=1, keepdim=True)
         if self.times_residual:
             score = score * residual.detach()
         return score if output.valid is None else score * output.valid, output.expected.detach()
