@@ -40,7 +40,7 @@ _POSITIONAL = {
     "diff": ("reference", "query"),
 }
 _PATHS = ("data.root", "out", "run", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
-_MAY_BE_NULL = ("training.patience", "image.short_side")
+_MAY_BE_NULL = ("training.patience", "image.short_side", "image.size")
 _HYDRA = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -335,16 +335,24 @@ def _compose(verb: str, words: Sequence[str], many: bool) -> Any:
 
 def _defaults(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """The settings of a verb before any override but those that choose a group's option, without Hydra's help."""
-    import yaml
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
 
-    chosen = {key: value for key, _, value in (word.partition("=") for word in words)}
-    settings: dict[str, Any] = yaml.safe_load((config_folder() / f"{verb}.yaml").read_text(encoding="utf-8"))
-    settings.pop("hydra")
-    for entry in settings.pop("defaults", []):
-        for group, option in entry.items() if isinstance(entry, dict) else ():
-            file = config_folder() / group / f"{str(chosen.get(group) or option).partition(',')[0]}.yaml"
-            settings[group] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return settings
+    chosen = {key: value.partition(",")[0] for key, _, value in (word.partition("=") for word in words)}
+    groups = [f"{key}={value}" for key, value in chosen.items() if _is_option(key, value)]
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
+            composed = compose(verb, groups)
+        except HydraException:  # a group of another verb's: which word is at fault is found later
+            composed = compose(verb)
+    settings: Any = OmegaConf.to_container(composed, resolve=False)
+    return dict(settings)
+
+
+def _is_option(group: str, name: str) -> bool:
+    """Whether a group of settings has an option of this name."""
+    return bool(group) and name in (path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
 def _known_names(config: Any, prefix: str = "") -> set[str]:

