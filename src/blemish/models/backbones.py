@@ -123,7 +123,7 @@ class Lite0Backbone(Backbone):
 
     def __init__(
         self,
-        layers: Sequence[int] = (2, 4, 10),
+        layers: Sequence[int] = (4, 10),
         weights: str = LITE0,
         average: int = 3,
         margin: int = 32,

@@ -11,7 +11,8 @@ from blemish.models.backbones import Backbone
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
 
-CORESETS = ("random", "greedy")
+CORESETS = ("greedy", "random")
+_SKETCH = 64
 _MOST_DISTANCES = 2**24  # held at once, 64 MiB
 
 
@@ -24,7 +25,9 @@ class NearestFeature(FeatureModel):
     Args:
         backbone, projection, dimensions, cache_gb, seed: those of `FeatureModel`.
         bank: number of features to keep; where there are fewer patches, some are kept twice.
-        coreset: which ones: random, or greedy, always the one that is farthest from those already kept.
+        coreset: which ones: greedy, always the one that is farthest from those already kept, so that what is rare among
+            normal tiles is not called anomalous; or random. Distances for this choice are those of 64 random
+            combinations of the features, as in PatchCore.
         candidates: of greedy choice, so many random patches.
 
     Raises:
@@ -36,9 +39,9 @@ class NearestFeature(FeatureModel):
     def __init__(
         self,
         backbone: Backbone,
-        bank: int = 6000,
-        coreset: str = "random",
-        candidates: int = 50_000,
+        bank: int = 4000,
+        coreset: str = "greedy",
+        candidates: int = 60_000,
         projection: str = "none",
         dimensions: int | None = None,
         cache_gb: float = 4.0,
@@ -60,8 +63,15 @@ class NearestFeature(FeatureModel):
         patches = cache.sample(self.candidates if self.coreset == "greedy" else size, self.generator())
         patches = self.prepared(patches)
         if self.coreset == "greedy" and len(patches) > size:
-            patches = patches[greedy_coreset(patches, size)]
+            patches = patches[greedy_coreset(self._sketched(patches), size)]
         self.bank.copy_(patches[torch.arange(size) % len(patches)])
+
+    def _sketched(self, patches: Tensor) -> Tensor:
+        """(N, D) -> (N, 64), distances nearly kept (Johnson and Lindenstrauss); fewer features stay as they are."""
+        if self.dimensions <= _SKETCH:
+            return patches
+        directions = torch.randn(self.dimensions, _SKETCH, generator=self.generator()) / _SKETCH**0.5
+        return patches @ directions.to(patches.device)
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         places = observed.movedim(1, -1)
