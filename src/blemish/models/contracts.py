@@ -80,6 +80,14 @@ class FeatureSource(Protocol):
 
 
 @runtime_checkable
+class Encoding(Protocol):
+    """A model whose bottleneck others may look at."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), as `forward` takes them -> what the bottleneck says: (B, D, h, w), or (B, D) of the tile."""
+
+
+@runtime_checkable
 class Fittable(Protocol):
     """A model that learns of normal tiles by itself, without the trainer, and keeps what it has learned in its state.
 
