@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,5 @@ class RunEncoder(FrozenNetwork):
     def _grid(self, x: Tensor) -> Tensor:
         x = standardised(x) if self.standardise else x
         # One memory format, so that equal images have equal features, bit for bit.
-        network: Encoding = self.network
-        code = network.encode(x.contiguous(memory_format=torch.channels_last))
+        code = cast(Encoding, self.network).encode(x.contiguous(memory_format=torch.channels_last))
         return code if code.ndim == 4 else code[:, :, None, None]
