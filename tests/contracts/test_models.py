@@ -33,7 +33,13 @@ RANDOM_BACKBONE = (
     "backbone.layers=[1,2]",
     "backbone.margin=0",
 )  # needs no package, and is small
-QUICK = {"steps": 4, "batch_size": 64, "dimensions": 8}  # where a model has a number for it
+QUICK = {
+    "steps": 4,
+    "batch_size": 64,
+    "dimensions": 8,
+    "samples": 300,
+    "trees": 10,
+}  # where a model has a number for it
 
 
 def tiles(channels=1, size=SIZE, count=3, seed=0):
@@ -81,6 +87,13 @@ def trained_a_little(model, x):
 @torch.no_grad()
 def expected_by(model, x):
     return model.eval()(x).expected
+
+
+@torch.no_grad()
+def judged_by(model, x):
+    """What was expected, or the evidence of a model that expects nothing."""
+    output = model.eval()(x)
+    return output.expected if output.evidence is None else output.evidence
 
 
 @torch.no_grad()
@@ -154,6 +167,17 @@ def test_valid_and_spread_are_one_value_a_pixel_or_nothing(make, name, channels)
 
 
 @every_model
+@every_channels
+def test_evidence_is_not_negative_and_comes_without_expectation(make, name, channels):
+    output = make(name, channels).eval()(tiles(channels))
+    if output.evidence is not None:
+        assert output.evidence.dtype == torch.float32
+        assert output.evidence.shape == (3, 1, *output.observed.shape[-2:])
+        assert torch.isfinite(output.evidence).all() and (output.evidence >= 0).all() and output.evidence.max() > 0
+        assert torch.equal(output.expected, output.observed)
+
+
+@every_model
 def test_a_latent_is_drawn_anew_in_training(make, name):
     model = make(name).train()
     first, second = model(tiles()), model(tiles())
@@ -203,8 +227,8 @@ def test_evaluation_changes_no_state(make, name):
 @every_model
 def test_a_tile_does_not_depend_on_its_batch(make, name):
     model = trained_a_little(make(name), tiles())
-    together = expected_by(model, tiles())
-    alone = torch.cat([expected_by(model, tile[None]) for tile in tiles()])
+    together = judged_by(model, tiles())
+    alone = torch.cat([judged_by(model, tile[None]) for tile in tiles()])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -217,17 +241,17 @@ def test_weights_saved_and_loaded_give_the_same_bits(make, name, channels):
     torch.save(model.state_dict(), saved)
     saved.seek(0)
     other = make(name, channels, seed=7)
-    assert not torch.equal(expected_by(model, x), expected_by(other, x))
+    assert not torch.equal(judged_by(model, x), judged_by(other, x))
     other.load_state_dict(torch.load(saved, weights_only=True))
-    assert torch.equal(expected_by(model, x), expected_by(other, x))
+    assert torch.equal(judged_by(model, x), judged_by(other, x))
 
 
 @every_model
 def test_memory_format_does_not_change_the_answer(make, name):
     model = trained_a_little(make(name), tiles())
-    plain = expected_by(model, tiles())
+    plain = judged_by(model, tiles())
     model.to(memory_format=torch.channels_last)
-    other = expected_by(model, tiles().to(memory_format=torch.channels_last))
+    other = judged_by(model, tiles().to(memory_format=torch.channels_last))
     torch.testing.assert_close(plain, other, atol=1e-5, rtol=1e-4)
 
 

@@ -51,6 +51,8 @@ class Output(NamedTuple):
     repaired: (B, 1, h, w) logits of the model's own belief that it repaired a pixel, for models that have one.
     valid: (B, 1, h, w) bool, False where there is nothing to compare with; None if there is something everywhere.
     spread: (B, 1, h, w) > 0, how much normal tiles differ from what is expected at each place, for models that know.
+    evidence: (B, 1, h, w) >= 0, how unusual each place is, for models that judge without saying what they expect; these
+        give what was observed as expected, and no residual can score them (see `EvidenceScore`).
     choice: (B,) int64, which of the model's `classes` (see `classes_of`) each tile is most like, for models that tell.
     """
 
@@ -61,7 +63,28 @@ class Output(NamedTuple):
     repaired: Tensor | None = None
     valid: Tensor | None = None
     spread: Tensor | None = None
+    evidence: Tensor | None = None
     choice: Tensor | None = None
+
+
+class FeatureSource(Protocol):
+    """What models in feature space look through, the setting `backbone`: a torch module that never changes.
+
+    features: D, the number of features at each place.
+    """
+
+    features: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, 1 or 3, H, W), values around [0, 1] -> (B, D, h, w); the grid's places divide the tile evenly."""
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """A model whose bottleneck others may look at."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), as `forward` takes them -> what the bottleneck says: (B, D, h, w), or (B, D) of the tile."""
 
 
 @runtime_checkable
