@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchvision.utils import make_grid
@@ -15,6 +16,24 @@ from blemish.evaluation.curves import PixelCurves, RankCurve
 from blemish.scores.contracts import FittableScore, Score
 from blemish.sweep import Report
 from blemish.training.task import ReconstructionTask
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the best validation loss, once validation counts (`ReconstructionTask.settled`)."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, ReconstructionTask)
+        if pl_module.settled:
+            super().on_validation_end(trainer, pl_module)
+
+
+class Patience(EarlyStopping):
+    """Stops a training that no longer gets better, once validation counts."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, ReconstructionTask)
+        if pl_module.settled:
+            super().on_validation_end(trainer, pl_module)
 
 
 class Panel(pl.Callback):
@@ -91,7 +110,7 @@ class SyntheticWatch(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, ReconstructionTask)
-        if self.report is None or trainer.sanity_checking:
+        if self.report is None or trainer.sanity_checking or not pl_module.settled:
             return
         epoch, figure = trainer.current_epoch + 1, self._figure(pl_module)
         if isinstance(trainer.logger, TensorBoardLogger):
