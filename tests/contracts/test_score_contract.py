@@ -14,7 +14,7 @@ from blemish.scores.contracts import FittableScore
 from blemish.scores.engine import TorchScorer
 
 NAMES = sorted(path.stem for path in (config_folder() / "score").glob("*.yaml"))
-MODELS = ("conv_ae", "vae", "repair_ae")  # a score must fit one of them
+MODELS = ("conv_ae", "vae", "repair_ae", "ganomaly")  # a score must fit one of them
 every_score = pytest.mark.parametrize("name", NAMES)
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 32
