@@ -18,22 +18,26 @@ from blemish.sweep import Report
 from blemish.training.task import ReconstructionTask
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps the weights of the best validation loss, once validation counts (`ReconstructionTask.settled`)."""
+class _OnceSettled(pl.Callback):
+    """Mixed into a callback that goes by the validation loss: it waits until that counts (`task.settled`)."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, ReconstructionTask)
         if pl_module.settled:
             super().on_validation_end(trainer, pl_module)
 
-
-class Patience(EarlyStopping):
-    """Stops a training that no longer gets better, once validation counts."""
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, ReconstructionTask)
         if pl_module.settled:
-            super().on_validation_end(trainer, pl_module)
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+class BestCheckpoint(_OnceSettled, ModelCheckpoint):
+    """Keeps the weights of the best validation loss."""
+
+
+class Patience(_OnceSettled, EarlyStopping):
+    """Stops a training that no longer gets better."""
 
 
 class Panel(pl.Callback):
