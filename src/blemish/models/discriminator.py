@@ -21,7 +21,7 @@ class _Activation(nn.LeakyReLU):
         super().__init__(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (2 / (1 + 0.2**2)) ** 0.5
+        return F.leaky_relu(x, self.negative_slope) * (2 / (1 + self.negative_slope**2)) ** 0.5
 
 
 class SpectralConv2d(nn.Conv2d):
