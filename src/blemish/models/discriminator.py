@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ class _Activation(nn.LeakyReLU):
         super().__init__(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, self.negative_slope) * (2 / (1 + self.negative_slope**2)) ** 0.5
+        return F.leaky_relu(x, self.negative_slope) * math.sqrt(2 / (1 + self.negative_slope**2))
 
 
 class SpectralConv2d(nn.Conv2d):
