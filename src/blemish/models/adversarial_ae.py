@@ -36,7 +36,7 @@ class AdversarialAutoencoder(ConvAutoencoder):
         depth: int = 4,
         latent_dim: int = 64,
         latent: str = "spatial",
-        adversarial_weight: float = 0.01,
+        adversarial_weight: float = 0.1,
         discriminator_rate: float = 0.25,
         normalisation: str = "batch",
         activation: str = "silu",
