@@ -9,7 +9,7 @@ import yaml
 from blemish.build import TRUSTED, build
 from blemish.cli import config_folder
 from blemish.errors import ConfigError
-from blemish.models.contracts import Gaussian, Latent, Output
+from blemish.models.contracts import Adversarial, Gaussian, Latent, Output, Pair
 
 FILES = {
     file.stem: yaml.safe_load(file.read_text("utf-8")) for file in sorted((config_folder() / "model").glob("*.yaml"))
@@ -178,6 +178,18 @@ def test_evidence_is_not_negative_and_comes_without_expectation(make, name, chan
 
 
 @every_model
+@every_channels
+def test_features_are_a_pair_of_one_shape_or_nothing(make, name, channels):
+    pair = make(name, channels).eval()(tiles(channels)).features
+    if pair is not None:
+        assert type(pair) is Pair
+        assert pair.observed.shape == pair.expected.shape
+        assert (pair.observed.ndim, len(pair.observed)) == (4, 3)
+        assert pair.observed.dtype == torch.float32
+        assert torch.isfinite(pair.observed).all() and torch.isfinite(pair.expected).all()
+
+
+@every_model
 def test_a_latent_is_drawn_anew_in_training(make, name):
     model = make(name).train()
     first, second = model(tiles()), model(tiles())
@@ -197,6 +209,9 @@ def test_gradient_reaches_every_parameter(make, name):
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     if parameters:
         everything(model(tiles())).backward()
+    if isinstance(model, Adversarial):  # which its output alone need not reach
+        judged = model.discriminator(model.play(tiles(), tiles(), 0).real)
+        judged.logits.mean().backward()
     unreached = [
         key
         for key, value in parameters.items()
@@ -317,6 +332,11 @@ IMPOSSIBLE = [
     ({"blocks": 3}, r"model\.blocks to divide model\.latent_dim \(64\), found 3"),
     ({"shrinkage": 256}, r"model\.shrinkage in \[0, model\.slots\) = \[0, 256\), found 256"),
     ({"entropy_weight": -1}, r"model\.entropy_weight >= 0, found -1"),
+    ({"adversarial_weight": 0}, r"model\.adversarial_weight > 0, found 0"),
+    ({"code_weight": -1}, r"model\.code_weight > 0, found -1"),
+    ({"kappa": 0}, r"model\.kappa > 0, found 0"),
+    ({"discriminator_rate": 0}, r"model\.discriminator_rate > 0, found 0"),
+    ({"gan_share": 1.0}, r"model\.gan_share between 0 and 1, found 1\.0"),
     ({"sigma": 0}, r"model\.sigma > 0, in pixels, found 0"),
 ]
 
@@ -339,7 +359,7 @@ def test_an_unknown_argument_is_refused_in_words(variant, name):
 @pytest.mark.parametrize(
     ("name", "change"),
     [(name, {}) for name in having("depth")]
-    + [(name, {"latent": "flat", "tile_size": 16}) for name in having("tile_size")]
+    + [(name, {"latent": latent}) for name in having("latent") for latent in ("flat", "spatial")]
     + [(name, {"skips": skips}) for name in having("skips") for skips in ("none", "gated", "full")]
     + [(name, {"mask_head": head}) for name in having("mask_head") for head in (True, False)]
     + [(name, {"blocks": 4, "shrinkage": 3.0}) for name in having("blocks")],
@@ -355,7 +375,9 @@ def test_an_unknown_argument_is_refused_in_words(variant, name):
     ],
 )
 def test_every_variant_trains(variant, name, change, normalisation, activation):
-    model = variant(name, width=4, depth=2, normalisation=normalisation, activation=activation, **change)
+    fitting = {"tile_size": 16} if "tile_size" in ARGUMENTS[name] else {}
+    change = fitting | change | {"normalisation": normalisation, "activation": activation}
+    model = variant(name, width=4, depth=2, **change)
     x = tiles(size=16)
     optimizer = torch.optim.Adam(model.parameters(), 0.003)
     losses = []

@@ -16,7 +16,10 @@ from blemish.scores.engine import TorchScorer
 
 NAMES = sorted(path.stem for path in (config_folder() / "score").glob("*.yaml"))
 SMALL = ("model.width=4", "model.depth=2")
-MODELS = {"conv_ae": SMALL, "vae": SMALL, "repair_ae": SMALL, "kde": ("model.samples=100",)}  # a score must fit one
+MODELS = {  # a score must fit one
+    **dict.fromkeys(("conv_ae", "vae", "repair_ae", "ganomaly"), SMALL),
+    "kde": ("model.samples=100",),
+}
 every_score = pytest.mark.parametrize("name", NAMES)
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 32
