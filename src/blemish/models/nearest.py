@@ -71,7 +71,8 @@ class NearestFeature(FeatureModel):
         if self.dimensions <= _SKETCH:
             return patches
         directions = torch.randn(self.dimensions, _SKETCH, generator=self.generator()) / _SKETCH**0.5
-        return patches @ directions.to(patches.device)
+        sketched: Tensor = patches @ directions.to(patches.device)
+        return sketched
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         places = observed.movedim(1, -1)
