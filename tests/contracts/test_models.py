@@ -1,6 +1,8 @@
 """What every model in configs/model promises; a new file joins by itself."""
 
 import io
+from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -21,9 +23,11 @@ def having(argument):
     return [name for name, arguments in ARGUMENTS.items() if argument in arguments]
 
 
-SAME_CLASS = ("golden_template",)  # as template_bank
+LIKE_OTHERS = (  # of the default suite, in what they promise here
+    *("golden_template", "pca", "global_gaussian", "isolation_forest", "one_class_svm", "adversarial_ae", "f_anogan"),
+)
 every_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SAME_CLASS else name for name in ARGUMENTS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in ARGUMENTS]
 )
 halving_model = pytest.mark.parametrize("name", having("depth"))
 every_channels = pytest.mark.parametrize("channels", [1, 3])
@@ -39,6 +43,8 @@ QUICK = {
     "dimensions": 8,
     "samples": 300,
     "trees": 10,
+    "templates": 2,
+    "tries": 1,
 }  # where a model has a number for it
 
 
@@ -46,11 +52,12 @@ def tiles(channels=1, size=SIZE, count=3, seed=0):
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(settings):
     """A fresh model, built as `blemish train` builds it; one that fits in one pass has had its pass."""
 
-    def build_model(name, channels=1, size=SIZE, seed=0):
+    @cache
+    def built(name, channels, size, seed):
         torch.manual_seed(seed)
         quick = [f"model.{key}={value}" for key, value in QUICK.items() if ARGUMENTS[name].get(key)]
         composed = settings(
@@ -59,7 +66,12 @@ def make(settings):
         model = build(composed["model"], TRUSTED, "model")
         if hasattr(model, "fit"):
             model.fit([tiles(channels, size, seed=seed + 1)])
-        return model
+        return model, torch.get_rng_state()
+
+    def build_model(name, channels=1, size=SIZE, seed=0):
+        model, random = built(name, channels, size, seed)
+        torch.set_rng_state(random)  # as if it had been built just now
+        return deepcopy(model)
 
     return build_model
 
