@@ -66,7 +66,9 @@ class Ensemble(Detector):
         digest = hashlib.sha256(f"ensemble {join}".encode())
         for member, unit in zip(members, units, strict=True):
             digest.update(f" {member.fingerprint} {float(unit).hex()}".encode())
-        return cls(members, units, join, cleaning=cleaning, fingerprint=digest.hexdigest(), about=about or {})
+        return cls(
+            tuple(members), tuple(units), join, cleaning=cleaning, fingerprint=digest.hexdigest(), about=about or {}
+        )
 
     def score_batches(self, images: Iterable[Pixels], explain: bool = False) -> Iterator[list[ScoredImage]]:
         """As `Detector`; `images` is gone through once, and some are held at a time."""
