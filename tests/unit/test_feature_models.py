@@ -312,7 +312,8 @@ def test_global_gaussian_is_mahalanobis_everywhere():
 def test_one_place_after_another_gives_the_same(monkeypatch):
     at_once = fitted(PlaceGaussian, SIZE, projection="none", dimensions=None)
     everywhere = fitted(GlobalGaussian)
-    monkeypatch.setattr("blemish.models.gaussian._MOST_VALUES", 40 * FEATURES * 3)
+    for module in ("gaussian", "features"):
+        monkeypatch.setattr(f"blemish.models.{module}._MOST_VALUES", 40 * FEATURES * 3)
     for whole, parted in (
         (at_once, fitted(PlaceGaussian, SIZE, projection="none", dimensions=None)),
         (everywhere, fitted(GlobalGaussian)),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from blemish.errors import ConfigError
-from blemish.models.backbones import Backbone
+from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
 
@@ -34,7 +34,7 @@ class FeatureAutoencoder(FeatureModel):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureSource,
         latent_dim: int = 8,
         width: int | None = None,
         kernel: int = 1,

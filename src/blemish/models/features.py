@@ -1,4 +1,4 @@
-"""What models share that compare the features of a frozen network instead of pixels."""
+"""What models share that look at features, such as those of a frozen network, instead of pixels."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from blemish.errors import ConfigError, nearest_names
-from blemish.models.backbones import Backbone
-from blemish.models.contracts import Output
+from blemish.models.contracts import FeatureSource, Output
 from blemish.models.feature_cache import FeatureCache, cached
 
 PROJECTIONS = ("none", "random", "pca")
 _MOST_FOR_PCA = 100_000  # patches
+_MOST_VALUES = 2**24  # of what is read at once
 _LEAST = 0.01  # of the mean deviation: a feature in which normal tiles agree is not blown up further
 
 
@@ -25,7 +26,7 @@ class FeatureModel(nn.Module, ABC):
     they expect.
 
     Args:
-        backbone: the frozen network.
+        backbone: gives the features, such as a frozen network.
         projection: to fewer features: none; random (Gaussian, which keeps distances, as Johnson and Lindenstrauss
             have shown); or pca, the principal components of normal tiles.
         dimensions: how many features are left; null where projection is none.
@@ -41,7 +42,9 @@ class FeatureModel(nn.Module, ABC):
     deviation: Tensor
     projection: Tensor | None
 
-    def __init__(self, backbone: Backbone, projection: str, dimensions: int | None, cache_gb: float, seed: int) -> None:
+    def __init__(
+        self, backbone: FeatureSource, projection: str, dimensions: int | None, cache_gb: float, seed: int
+    ) -> None:
         super().__init__()
         if projection not in PROJECTIONS:
             raise ConfigError(f"Unknown model.projection '{projection}': {nearest_names(projection, PROJECTIONS)}")
@@ -88,6 +91,20 @@ class FeatureModel(nn.Module, ABC):
         # A component's sign is nobody's choice: the largest entry is made positive.
         signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
         self.projection.copy_(vectors * signs)
+
+    def moments(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and covariance (D, D), float64, of all normal patches, as `prepared` gives them."""
+        d = self.dimensions
+        total = torch.zeros(d, dtype=torch.float64, device=self.mean.device)
+        products = torch.zeros(d, d, dtype=torch.float64, device=self.mean.device)
+        height, width = cache.values.shape[1:3]
+        step = max(1, _MOST_VALUES // (cache.tiles * len(self.mean)))
+        for first in tqdm(range(0, height * width, step), "covariance", unit="part", leave=False):
+            features = self.prepared(cache.places(first, first + step)).flatten(0, 1)
+            total += features.sum(dim=0, dtype=torch.float64)
+            products += features.T @ features
+        mean = total / cache.patches
+        return mean, products / cache.patches - mean[:, None] * mean
 
     @abstractmethod
     def learn(self, cache: FeatureCache) -> None:

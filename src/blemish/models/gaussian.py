@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blemish.errors import ConfigError
-from blemish.models.backbones import Backbone
+from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
 
@@ -27,7 +27,7 @@ class _Whitened(FeatureModel):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureSource,
         places: tuple[int, ...],
         shrinkage: float,
         projection: str,
@@ -75,7 +75,7 @@ class PlaceGaussian(_Whitened):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureSource,
         size: int = 256,
         shrinkage: float = 0.01,
         projection: str = "random",
@@ -127,7 +127,7 @@ class GlobalGaussian(_Whitened):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureSource,
         shrinkage: float = 0.01,
         projection: str = "none",
         dimensions: int | None = None,
@@ -137,18 +137,9 @@ class GlobalGaussian(_Whitened):
         super().__init__(backbone, (), shrinkage, projection, dimensions, cache_gb, seed)
 
     def learn(self, cache: FeatureCache) -> None:
-        d = self.dimensions
-        total = torch.zeros(d, dtype=torch.float64, device=self.mean.device)
-        products = torch.zeros(d, d, dtype=torch.float64, device=self.mean.device)
-        height, width = cache.values.shape[1:3]
-        step = max(1, _MOST_VALUES // (cache.tiles * self.backbone.features))
-        for first in tqdm(range(0, height * width, step), "covariance", unit="part", leave=False):
-            features = self.prepared(cache.places(first, first + step)).flatten(0, 1)
-            total += features.sum(dim=0, dtype=torch.float64)
-            products += features.T @ features
-        mean = total / cache.patches
+        mean, covariance = self.moments(cache)
         self.centre.copy_(mean)
-        self.whitening.copy_(self.whitener(products / cache.patches - mean[:, None] * mean))
+        self.whitening.copy_(self.whitener(covariance))
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         seen = torch.einsum("ij,bjhw->bihw", self.whitening, observed)

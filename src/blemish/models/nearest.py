@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blemish.errors import ConfigError, nearest_names
-from blemish.models.backbones import Backbone
+from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
 
@@ -38,7 +38,7 @@ class NearestFeature(FeatureModel):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureSource,
         bank: int = 4000,
         coreset: str = "greedy",
         candidates: int = 60_000,
@@ -71,7 +71,8 @@ class NearestFeature(FeatureModel):
         if self.dimensions <= _SKETCH:
             return patches
         directions = torch.randn(self.dimensions, _SKETCH, generator=self.generator()) / _SKETCH**0.5
-        return patches @ directions.to(patches.device)
+        sketched: Tensor = patches @ directions.to(patches.device)
+        return sketched
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         places = observed.movedim(1, -1)

@@ -96,18 +96,23 @@ def residual_tile(residual: nn.Module, output: Output, x: Tensor) -> Tensor:
     """The residual of what a model said of the tiles x, (B, 1, H, W); a coarser grid is enlarged bilinearly.
 
     Raises:
-        ConfigError: the model compares features, and the residual is made for pixels.
+        ConfigError: the model does not say what it expects; or it compares features, and the residual pixels.
     """
+    if output.evidence is not None:
+        raise ConfigError(
+            f"{type(residual).__name__} compares what is observed with what is expected, and the model judges without "
+            "expecting anything: set score=evidence, or choose another model."
+        )
     if output.observed.shape != x.shape and getattr(residual, "pixels_only", False):
         raise ConfigError(
             f"{type(residual).__name__} compares pixels, and the model features of shape "
             f"{tuple(output.observed.shape[1:])}: set residual=l2, or choose a model in pixel space."
         )
-    return _enlarged(residual(output.observed, output.expected), x)
+    return enlarged(residual(output.observed, output.expected), x)
 
 
-def _enlarged(values: Tensor, like: Tensor) -> Tensor:
-    """(B, 1, h, w) -> (B, 1, H, W), those of `like`."""
+def enlarged(values: Tensor, like: Tensor) -> Tensor:
+    """(B, 1, h, w) -> (B, 1, H, W), those of `like`, bilinearly."""
     size = like.shape[-2:]
     return values if values.shape[-2:] == size else F.interpolate(values, size, mode="bilinear", align_corners=False)
 
@@ -115,9 +120,9 @@ def _enlarged(values: Tensor, like: Tensor) -> Tensor:
 def compared(residual: Tensor, output: Output) -> Tensor:
     """A residual (B, 1, H, W) in units of what normal tiles show, 0 where there is nothing to compare with."""
     if output.spread is not None:
-        residual = residual / _enlarged(output.spread, residual)
+        residual = residual / enlarged(output.spread, residual)
     # A pixel between places of a coarser grid counts only if all of them do.
-    return residual if output.valid is None else residual * (_enlarged(output.valid.float(), residual) == 1)
+    return residual if output.valid is None else residual * (enlarged(output.valid.float(), residual) == 1)
 
 
 def bounded(y: Tensor, x: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ class _Parts:
             _check_normalisation(splits, normalisation, preprocess, settings["calibration"]["mask_rule"])
         torch.manual_seed(settings["seed"])
         model = build_model(settings)
+        check_trainer(settings["trainer"], model)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
         promise, _ = read_settings(settings["calibration"])
