@@ -172,7 +172,7 @@ def test_without_runs_the_setting_is_named(run_cli):
 
 
 def test_it_has_no_bottleneck_to_take_features_from(both):
-    with pytest.raises(ConfigError, match="a run of a model with an encoder.*found Ensemble"):
+    with pytest.raises(ConfigError, match=r"a run of a model with an encoder.*found Ensemble"):
         RunEncoder(str(both[0]))
 
 
