@@ -26,6 +26,7 @@ _VERBS = {
     "report": "one page about a run or its predictions: promise, scores, curves, pictures",
     "monitor": "do images believed normal still match the calibration?",
     "diff": "where does an image differ from a reference? no training needed",
+    "ensemble": "several trained runs as one detector, calibrated as one",
 }
 _GOES_ON = {
     "train": "; every finished epoch is kept: `blemish train resume=RUN` goes on with the run folder named above",
@@ -39,7 +40,7 @@ _POSITIONAL = {
     "report": ("run",),
     "diff": ("reference", "query"),
 }
-_PATHS = ("data.root", "out", "run", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
+_PATHS = ("data.root", "out", "run", "runs", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
 _MAY_BE_NULL = ("training.patience", "image.short_side", "image.size")
 _HYDRA = (
     "hydra.run.dir=.",

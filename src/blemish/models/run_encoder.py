@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blemish.checkpoint import load_detector
+from blemish.detector import TileDetector
 from blemish.errors import ConfigError
 from blemish.frozen import FrozenNetwork
 from blemish.models.contracts import Encoding
@@ -36,9 +37,9 @@ class RunEncoder(FrozenNetwork):
                 "another backbone."
             )
         detector = load_detector(run, "cpu", with_card=False)
-        assert isinstance(detector.scorer, TorchScorer)
-        model: nn.Module = detector.scorer.model
-        if not isinstance(model, Encoding):
+        scorer = detector.scorer if isinstance(detector, TileDetector) else None
+        model = scorer.model if isinstance(scorer, TorchScorer) else detector
+        if not (isinstance(detector, TileDetector) and isinstance(model, nn.Module) and isinstance(model, Encoding)):
             raise ConfigError(
                 f"backbone.run expects a run of a model with an encoder, such as conv_ae, vae or repair_ae, found "
                 f"{type(model).__name__} in {run}: train one, or choose another backbone."
