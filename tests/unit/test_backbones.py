@@ -184,7 +184,7 @@ def test_sides_that_do_not_fit_are_refused(size):
 
 @pytest.mark.parametrize("size", [192, 256])
 def test_default_tiles_fit(size):
-    assert Lite0Backbone(weights="none")(torch.zeros(1, 1, size, size)).shape == (1, 176, size // 4, size // 4)
+    assert Lite0Backbone(weights="none")(torch.zeros(1, 1, size, size)).shape == (1, 152, size // 8, size // 8)
 
 
 def test_torchvision_layers_by_name_and_number():

@@ -103,7 +103,7 @@ def residual_tile(residual: nn.Module, output: Output, x: Tensor) -> Tensor:
             f"{type(residual).__name__} compares what is observed with what is expected, and the model judges without "
             "expecting anything: set score=evidence, or choose another model."
         )
-    if output.observed.shape != x.shape and getattr(residual, "pixels_only", False):
+    if output.observed.shape[-2:] != x.shape[-2:] and getattr(residual, "pixels_only", False):
         raise ConfigError(
             f"{type(residual).__name__} compares pixels, and the model features of shape "
             f"{tuple(output.observed.shape[1:])}: set residual=l2, or choose a model in pixel space."
