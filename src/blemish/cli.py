@@ -321,17 +321,32 @@ def _compose(verb: str, words: Sequence[str], many: bool) -> Any:
             run = [*(word for word in first if word.partition("=")[0] not in changed), *extra]
             try:
                 composed = compose(verb, run)
-            except failures:
+            except failures as mistake:
                 # Composing takes a while; only now is it worth looking for the word at fault.
-                for last in range(len(run)):
-                    try:
-                        compose(verb, run[: last + 1])
-                    except failures as error:
-                        raise ConfigError(_explain(verb, run[last], str(error), defaults)) from error
-                raise
+                word, error = _at_fault(verb, run, mistake)
+                raise ConfigError(_explain(verb, word, str(error), defaults)) from error
             _check_types(defaults, OmegaConf.to_container(composed, resolve=False))
             runs.append(composed)
     return runs[0]
+
+
+def _at_fault(verb: str, words: Sequence[str], mistake: Exception) -> tuple[str, Exception]:
+    """The word that makes `words` fail to compose, which all do together with `mistake`; and what Hydra says of it."""
+    from hydra import compose
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Those that choose an option first: others may be settings of it.
+    words = sorted(words, key=lambda word: not _is_option(*word.partition("=")[::2]))
+    sound, failing = 0, len(words)  # so many of the first words
+    while failing - sound > 1:
+        middle = (sound + failing) // 2
+        try:
+            compose(verb, list(words[:middle]))
+            sound = middle
+        except (HydraException, OmegaConfBaseException) as error:
+            failing, mistake = middle, error
+    return words[failing - 1], mistake
 
 
 def _defaults(verb: str, words: Sequence[str]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def test_steps_are_batches_and_the_best_weights_are_of_the_last_stage(whole):
     assert [len(optimizer["state"]) > 0 for optimizer in last["optimizer_states"]] == [True, True]
 
 
-@pytest.mark.parametrize("epoch", [pytest.param(2, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [2, 5])
 def test_interrupted_training_resumes_to_the_same_bits(spawn_cli, run_cli, tiny_data, tiny, whole, tmp_path, epoch):
     run = tmp_path / "run"
     stopped = spawn_cli(
