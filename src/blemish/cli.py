@@ -323,8 +323,8 @@ def _compose(verb: str, words: Sequence[str], many: bool) -> Any:
                 composed = compose(verb, run)
             except failures as mistake:
                 # Composing takes a while; only now is it worth looking for the word at fault.
-                word, error = _at_fault(verb, run, mistake)
-                raise ConfigError(_explain(verb, word, str(error), defaults)) from error
+                word, reason = _at_fault(verb, run, mistake)
+                raise ConfigError(_explain(verb, word, str(reason), defaults)) from reason
             _check_types(defaults, OmegaConf.to_container(composed, resolve=False))
             runs.append(composed)
     return runs[0]
