@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 from blemish.files import write_text
+from rank_correlation import FIGURES as RANKED
+from rank_correlation import pairs, spearman
 
 Result = Mapping[str, Any]
+FEWEST_RANKED = 5  # trainings; an interval of fewer would say nothing
 BUSY = 0.2  # cores; others that use more have slowed what was timed
 DOUBTFUL = 0.01  # chance below which false alarms are more than the promise explains
 FIGURES = {
@@ -163,7 +167,7 @@ def _section(name: str, done: Sequence[Result], failed: Sequence[Result]) -> str
     groups = [[result for result in done if result["row"] == row] for row in _names(done, "row")]
     lines = [f"## {name}"]
     if groups:
-        lines += [_data_words(done), _figures_table(groups), _costs_table(groups), *_remarks(done)]
+        lines += [_data_words(done), _figures_table(groups), *_ranking(done), _costs_table(groups), *_remarks(done)]
     if failed:
         lines.append(
             "Failed:\n\n"
@@ -206,6 +210,19 @@ def _figures_table(groups: Sequence[Sequence[Result]]) -> str:
             row.append(spread(_take(group, "synthetic", "pixel_auroc"), three))
         rows.append(row)
     return as_table(headers + (["synthetic image AUROC", "synthetic pixel AUROC"] if synthetic else []), rows)
+
+
+def _ranking(done: Sequence[Result]) -> list[str]:
+    """How well the figures without labels rank the trainings; nothing where there are few."""
+    found = []
+    for name, title in RANKED.items():
+        points = np.array([both[name] for result in done if name in (both := pairs(result))])
+        if len(points) >= FEWEST_RANKED:
+            value, low, high = spearman(points)
+            found.append(f"{value:.2f} for {title} (95 % interval {low:.2f} to {high:.2f}, {len(points)} trainings)")
+    if not found:
+        return []
+    return [f"Rank correlation (Spearman) of the figures on synthetic defects with those above: {', '.join(found)}."]
 
 
 def _costs_table(groups: Sequence[Sequence[Result]]) -> str:

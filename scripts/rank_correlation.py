@@ -2,10 +2,11 @@
 
     python scripts/rank_correlation.py DIR... [--out rank_correlation.png]
 
-Over all finished runs below the folders that have both `synthetic.json` and `metrics.json`, prints Spearman's rank
-correlation between the AUROC on synthetic defects and that on the test part, for images and for pixels, with a 95 %
-interval by bootstrap over runs, and draws a scatter plot. Runs of one data set belong together: ranks across data sets
-say which is easier. Needs the extra dev.
+A DIR is what `benchmark.py` wrote, whose results.jsonl has a row for each training, or any folder with finished runs
+below it that have both `synthetic.json` and `metrics.json`. For each data set, or else each DIR, it prints Spearman's
+rank correlation between the AUROC on synthetic defects and that on the test part, for images and for pixels, with a
+95 % interval by bootstrap over runs, and draws a scatter plot. Ranks across data sets would only say which is easier.
+Needs the extra dev.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,35 @@ FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC"}
 
 
 def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """A row for each run: its folder, and {figure: (synthetic, test)} where both are defined."""
+    """A row for each run: the group it belongs to, and {figure: (synthetic, test)} where both are defined."""
     rows = []
     for folder in folders:
+        if (folder / "results.jsonl").is_file():
+            from benchmark_report import latest
+
+            lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+            results = latest([json.loads(line) for line in lines])
+            rows += [{"group": result["data"], **pairs(result)} for result in results if result["status"] == "done"]
+            continue
         for file in sorted(folder.rglob("synthetic.json")):
-            if not (file.parent / "metrics.json").is_file():
-                continue
-            synthetic = json.loads(file.read_text(encoding="utf-8"))
-            overall = json.loads((file.parent / "metrics.json").read_text(encoding="utf-8"))["overall"]
-            pairs = {name: (synthetic[name], overall[name]) for name in FIGURES if overall[name] is not None}
-            rows.append({"run": str(file.parent), "folder": str(folder), **pairs})
+            if (file.parent / "metrics.json").is_file():
+                synthetic = json.loads(file.read_text(encoding="utf-8"))
+                test = json.loads((file.parent / "metrics.json").read_text(encoding="utf-8"))["overall"]
+                rows.append({"group": str(folder), **pairs({"synthetic": synthetic, "figures": test})})
     return rows
 
 
-def spearman(pairs: npt.NDArray[np.float64], draws: int = 2000) -> tuple[float, float, float]:
+def pairs(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """{figure: (synthetic, test)} of a run, where both are defined."""
+    synthetic, test = result.get("synthetic") or {}, result.get("figures") or {}
+    return {
+        name: (synthetic[name], test[name])
+        for name in FIGURES
+        if synthetic.get(name) is not None and test.get(name) is not None
+    }
+
+
+def spearman(points: npt.NDArray[np.float64], draws: int = 2000) -> tuple[float, float, float]:
     """The rank correlation of (N, 2), and the 95 % interval of a bootstrap over its rows; NaN where undefined."""
 
     def correlation(rows: npt.NDArray[np.float64]) -> float:
@@ -48,10 +64,18 @@ def spearman(pairs: npt.NDArray[np.float64], draws: int = 2000) -> tuple[float, 
         return float(np.corrcoef(first, second)[0, 1])
 
     rng = np.random.default_rng(0)
-    drawn = [correlation(pairs[rng.integers(len(pairs), size=len(pairs))]) for _ in range(draws)]
+    drawn = [correlation(points[rng.integers(len(points), size=len(points))]) for _ in range(draws)]
     usable = [value for value in drawn if np.isfinite(value)]
     low, high = np.quantile(usable, [0.025, 0.975]) if usable else (float("nan"), float("nan"))
-    return correlation(pairs), float(low), float(high)
+    return correlation(points), float(low), float(high)
+
+
+def in_words(points: npt.NDArray[np.float64]) -> str:
+    """Their rank correlation, or why there is none."""
+    if len(points) < 3:
+        return f"no ranking of {len(points)}"
+    value, low, high = spearman(points)
+    return f"{value:.2f} ({low:.2f} to {high:.2f}), n = {len(points)}"
 
 
 def main() -> None:
@@ -61,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = read_runs(arguments.folders)
     if len(rows) < 3:
-        sys.exit(f"Expected three or more finished runs with synthetic.json and metrics.json, found {len(rows)}.")
+        sys.exit(f"Expected three or more finished runs with synthetic defects and a test part, found {len(rows)}.")
 
     import matplotlib
 
@@ -70,19 +94,13 @@ def main() -> None:
 
     drawing, axes = plt.subplots(1, len(FIGURES), figsize=(11, 5), layout="constrained")
     for axis, (name, title) in zip(axes, FIGURES.items(), strict=True):
-        known = [row for row in rows if name in row]
-        axis.set(xlabel=f"{title} on synthetic defects (no labels)", ylabel=f"{title} on the test part")
-        if len(known) < 3:
-            print(f"{title}: fewer than three runs have it")
-            axis.set_title(f"{title}: fewer than three runs")
-            continue
-        value, low, high = spearman(np.array([row[name] for row in known]))
-        said = f"{title}: Spearman {value:.3f} (95 % interval {low:.3f} to {high:.3f}), n = {len(known)}"
-        print(said)
-        axis.set_title(said, fontsize=9)
-        for folder in dict.fromkeys(row["folder"] for row in known):
-            points = np.array([row[name] for row in known if row["folder"] == folder])
-            axis.scatter(points[:, 0], points[:, 1], label=folder, alpha=0.7)
+        axis.set(title=title, xlabel="on synthetic defects (no labels)", ylabel="on the test part")
+        for group in dict.fromkeys(row["group"] for row in rows):
+            points = np.array([row[name] for row in rows if row["group"] == group and name in row])
+            said = f"{group}: {in_words(points)}"
+            print(f"{title}, {said}")
+            if len(points):
+                axis.scatter(points[:, 0], points[:, 1], label=said, alpha=0.7)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     drawing.savefig(arguments.out, dpi=120)

@@ -6,8 +6,10 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
 from blemish.errors import BlemishError, ConfigError
 
@@ -324,6 +326,23 @@ def test_marks_of_the_table(report):
     assert row_of(page, "slow", 1)[1] == "5.0 min *, **over budget**" and "interrupted and resumed" in page
     assert row_of(page, "kept", 1)[1] == "100 s"
     assert "Not comparable" not in page and "one of these lines only" not in page
+
+
+def test_the_figures_without_labels_are_held_against_the_test_part(scripts, report, tmp_path):
+    ranking = importlib.import_module("rank_correlation")
+    figures = ((0.5, 0.6), (0.6, 0.9), (0.7, 0.8), (0.8, 0.95), (0.9, 0.99), (0.55, 0.7))
+    lines = [
+        line(f"row{number}", image_auroc=test, synthetic={"image_auroc": synthetic, "pixel_auroc": None})
+        for number, (synthetic, test) in enumerate(figures)
+    ]
+    expected = stats.spearmanr([a for a, _ in figures], [b for _, b in figures]).statistic
+    page = report.markdown(lines)
+    assert f"with those above: {expected:.2f} for image AUROC (95 % interval" in page and ", 6 trainings)" in page
+    assert "Rank correlation" not in report.markdown(lines[:4]), "too few to say"
+    (tmp_path / "results.jsonl").write_text("\n".join(json.dumps(each) for each in lines))
+    rows = ranking.read_runs([tmp_path])
+    assert [(row["group"], row["image_auroc"]) for row in rows] == [("dice", pair) for pair in figures]
+    assert ranking.in_words(np.array(figures)).startswith(f"{expected:.2f} (")
 
 
 def test_the_time_allowed_is_that_of_cores_on_a_cpu(report):
