@@ -178,7 +178,13 @@ def test_it_survives_saving_also_after_it_has_learned(make, name):
 
 
 @every_score
-@pytest.mark.parametrize("model", [path.stem for path in sorted((config_folder() / "model").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "model",
+    [
+        path.stem if path.stem in MODELS else pytest.param(path.stem, marks=pytest.mark.slow)
+        for path in sorted((config_folder() / "model").glob("*.yaml"))
+    ],
+)
 def test_every_model_fits_or_is_refused_in_words(compose, installed, name, model):
     try:
         with installed():
