@@ -19,7 +19,7 @@ demo: $(STAMP) ## train, calibrate, evaluate and predict on real solar cells (un
 	$(BIN)/python scripts/demo.py demo
 
 test: $(STAMP) ## the tests that run in minutes
-	$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) ## the tests that need longer: the wheel, several processes, real data
 	$(BIN)/python -m pytest -q -m slow

@@ -1,4 +1,7 @@
-"""Saving and loading detectors: {config, state_dict, version, ...}, read with weights_only=True, never a pickle."""
+"""Saving and loading detectors: {config, state_dict, version, ...}, read with weights_only=True, never a pickle.
+
+An ensemble's checkpoint holds those of its members, so that it needs none of their folders.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,23 @@ import hashlib
 import io
 import json
 import pickle
+import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blemish import __version__
 from blemish.build import TRUSTED, build, build_section
 from blemish.calibration import Calibration
-from blemish.detector import Detector
+from blemish.data.records import SPLITS
+from blemish.data.splits import SplitRecord, Splits
+from blemish.detector import Detector, TileDetector
+from blemish.ensemble import Ensemble
 from blemish.errors import CheckpointError, ConfigError
 from blemish.files import CARD_FILE, write_bytes, write_json
 from blemish.normalisation import SpatialNormalisation
@@ -29,6 +39,7 @@ FORMAT = 3
 DETECTOR_FILE = "detector.pt"
 PARTS = ("model", "score", "image", "tiling", "smoothing", "normalisation", "cleaning")
 """The sections of a run's config that make a detector; a checkpoint carries just these."""
+_ENSEMBLE_PARTS = ("join", "cleaning")
 
 
 def build_model(config: Mapping[str, Any], trusted: Sequence[str] | None = None) -> nn.Module:
@@ -50,12 +61,11 @@ def assemble(
     config: Mapping[str, Any],
     model: nn.Module,
     normalisation: SpatialNormalisation | None = None,
-    calibration: Calibration | None = None,
     about: Mapping[str, Any] | None = None,
     device: str = "cpu",
     trusted: Sequence[str] | None = None,
     score: Score | None = None,
-) -> Detector:
+) -> TileDetector:
     """Put a detector together from the `PARTS` of a config and a trained model.
 
     `score` is one that has learned of normal tiles; None builds a new one.
@@ -63,7 +73,7 @@ def assemble(
     parts = {name: config[name] for name in PARTS}
     score = build(parts["score"], trusted, "score") if score is None else score
     tiling: Tiling = build_section(Tiling, parts, "tiling", trusted)
-    return Detector(
+    return TileDetector(
         scorer=TorchScorer(model, score, device, tiling.standardise),
         preprocess=build_section(Preprocess, parts, "image", trusted),
         tiling=tiling,
@@ -71,7 +81,6 @@ def assemble(
         cleaning=build_section(Cleaning, parts, "cleaning", trusted),
         normalisation=normalisation,
         fingerprint=fingerprint(parts, model.state_dict(), score_state(score), normalisation),
-        calibration=calibration,
         about=about or {},
     )
 
@@ -100,7 +109,11 @@ def fingerprint(
 
 
 def save_detector(
-    run: Path, config: Mapping[str, Any], detector: Detector, calibration: Calibration | None, about: Mapping[str, Any]
+    run: Path,
+    config: Mapping[str, Any],
+    detector: TileDetector,
+    calibration: Calibration | None,
+    about: Mapping[str, Any],
 ) -> None:
     """Write `detector.pt` and, beside it for people to read, the calibration card `card.json`.
 
@@ -120,6 +133,45 @@ def save_detector(
             else None
         ),
         "calibration": calibration.to_dict() if calibration else None,
+        "about": dict(about),
+    }
+    _write(run, content)
+
+
+def about_run(seed: int, splits: Splits, overrides: Sequence[str]) -> dict[str, Any]:
+    """How a run that begins now is made, as run.json and `detector.pt` keep it."""
+    return {
+        "software": "blemish",
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint may not hold
+        "seed": seed,
+        "overrides": list(overrides),
+        "data_fingerprint": splits.fingerprint(),
+        "images": {name: len(splits.of(name)) for name in SPLITS},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def trained_on(seen: Sequence[SplitRecord]) -> dict[str, list[str]]:
+    """The images that trained or selected a model, and so can never calibrate it: SHA-256 and groups."""
+    return {
+        "trained_on": sorted({item.digest for item in seen}),
+        "trained_groups": sorted({item.record.group for item in seen if item.record.group is not None}),
+    }
+
+
+def save_ensemble(
+    run: Path, ensemble: Ensemble, members: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> None:
+    """Write a calibrated ensemble as `save_detector` does; `members` are the contents of its members' checkpoints."""
+    content = {
+        "format": FORMAT,
+        "version": about["version"],
+        "config": {"join": ensemble.join, "cleaning": asdict(ensemble.cleaning)},
+        "members": [{**member, "calibration": None} for member in members],
+        "units": list(ensemble.units),
+        "calibration": ensemble.card.to_dict(),
         "about": dict(about),
     }
     _write(run, content)
@@ -166,11 +218,18 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {found}, this version of blemish reads {FORMAT}: use another version."
         )
-    missing = {"config", "state_dict", "score_state", "normalisation", "calibration", "about"} - content.keys()
-    missing |= {f"config.{name}" for name in PARTS if name not in content.get("config", PARTS)}
-    if missing:
+    if missing := _missing(content):
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}: it is damaged; train again.")
     return content
+
+
+def _missing(content: Mapping[str, Any]) -> set[str]:
+    members = content.get("members", ())
+    own = {"units"} if members else {"state_dict", "score_state", "normalisation"}
+    parts = _ENSEMBLE_PARTS if members else PARTS
+    missing = (own | {"config", "calibration", "about"}) - content.keys()
+    missing |= {f"config.{name}" for name in parts if name not in content.get("config", parts)}
+    return missing.union(*({f"members.{name}" for name in _missing(member)} for member in members))
 
 
 def load_detector(
@@ -188,6 +247,24 @@ def load_detector(
         CheckpointError, ConfigError: the checkpoint cannot be used. CalibrationError: its card is not its own.
     """
     content = read_checkpoint(run)
+    detector = restore(content, str(run), device, trusted)
+    card = content["calibration"] if with_card else None
+    return detector.calibrated(Calibration.from_dict(card)) if card else detector
+
+
+def restore(content: Mapping[str, Any], run: str, device: str = "auto", trusted: Sequence[str] = ()) -> Detector:
+    """The detector that a checkpoint's content makes, without its calibration.
+
+    Args:
+        content: what `read_checkpoint` gave. run: whose it is, for messages. device, trusted: as `load_detector`.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint cannot be used.
+    """
+    if "members" in content:
+        members = [restore(member, run, device, trusted) for member in content["members"]]
+        cleaning = build_section(Cleaning, content["config"], "cleaning")
+        return Ensemble.of(members, content["units"], content["config"]["join"], cleaning, content["about"])
     allowed = (*TRUSTED, *trusted)
     model = build(content["config"]["model"], allowed, "model")
     score = build(content["config"]["score"], allowed, "score")
@@ -199,13 +276,9 @@ def load_detector(
             raise CheckpointError(
                 f"The weights in {run} do not fit its {name}: {str(error).splitlines()[0]}"
             ) from error
-    card = content["calibration"] if with_card else None
-    calibration = Calibration.from_dict(card) if card else None
     statistics = content["normalisation"]
     normalisation = SpatialNormalisation(**{k: v.numpy() for k, v in statistics.items()}) if statistics else None
-    return assemble(
-        content["config"], model, normalisation, calibration, content["about"], pick_device(device), allowed, score
-    )
+    return assemble(content["config"], model, normalisation, content["about"], pick_device(device), allowed, score)
 
 
 def pick_device(name: str) -> str:

@@ -26,6 +26,7 @@ _VERBS = {
     "report": "one page about a run or its predictions: promise, scores, curves, pictures",
     "monitor": "do images believed normal still match the calibration?",
     "diff": "where does an image differ from a reference? no training needed",
+    "ensemble": "several trained runs as one detector, calibrated as one",
 }
 _GOES_ON = {
     "train": "; every finished epoch is kept: `blemish train resume=RUN` goes on with the run folder named above",
@@ -39,8 +40,8 @@ _POSITIONAL = {
     "report": ("run",),
     "diff": ("reference", "query"),
 }
-_PATHS = ("data.root", "out", "run", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
-_MAY_BE_NULL = ("training.patience", "image.short_side")
+_PATHS = ("data.root", "out", "run", "runs", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
+_MAY_BE_NULL = ("training.patience", "image.short_side", "image.size")
 _HYDRA = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -320,31 +321,54 @@ def _compose(verb: str, words: Sequence[str], many: bool) -> Any:
             run = [*(word for word in first if word.partition("=")[0] not in changed), *extra]
             try:
                 composed = compose(verb, run)
-            except failures:
+            except failures as mistake:
                 # Composing takes a while; only now is it worth looking for the word at fault.
-                for last in range(len(run)):
-                    try:
-                        compose(verb, run[: last + 1])
-                    except failures as error:
-                        raise ConfigError(_explain(verb, run[last], str(error), defaults)) from error
-                raise
+                word, reason = _at_fault(verb, run, mistake)
+                raise ConfigError(_explain(verb, word, str(reason), defaults)) from reason
             _check_types(defaults, OmegaConf.to_container(composed, resolve=False))
             runs.append(composed)
     return runs[0]
 
 
+def _at_fault(verb: str, words: Sequence[str], mistake: Exception) -> tuple[str, Exception]:
+    """The word that makes `words` fail to compose, which all do together with `mistake`; and what Hydra says of it."""
+    from hydra import compose
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Those that choose an option first: others may be settings of it.
+    words = sorted(words, key=lambda word: not _is_option(*word.partition("=")[::2]))
+    sound, failing = 0, len(words)  # so many of the first words
+    while failing - sound > 1:
+        middle = (sound + failing) // 2
+        try:
+            compose(verb, list(words[:middle]))
+            sound = middle
+        except (HydraException, OmegaConfBaseException) as error:
+            failing, mistake = middle, error
+    return words[failing - 1], mistake
+
+
 def _defaults(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """The settings of a verb before any override but those that choose a group's option, without Hydra's help."""
-    import yaml
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
 
-    chosen = {key: value for key, _, value in (word.partition("=") for word in words)}
-    settings: dict[str, Any] = yaml.safe_load((config_folder() / f"{verb}.yaml").read_text(encoding="utf-8"))
-    settings.pop("hydra")
-    for entry in settings.pop("defaults", []):
-        for group, option in entry.items() if isinstance(entry, dict) else ():
-            file = config_folder() / group / f"{str(chosen.get(group) or option).partition(',')[0]}.yaml"
-            settings[group] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return settings
+    chosen = {key: value.partition(",")[0] for key, _, value in (word.partition("=") for word in words)}
+    groups = [f"{key}={value}" for key, value in chosen.items() if _is_option(key, value)]
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
+            composed = compose(verb, groups)
+        except HydraException:  # a group of another verb's: which word is at fault is found later
+            composed = compose(verb)
+    settings: Any = OmegaConf.to_container(composed, resolve=False)
+    return dict(settings)
+
+
+def _is_option(group: str, name: str) -> bool:
+    """Whether a group of settings has an option of this name."""
+    return bool(group) and name in (path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
 def _known_names(config: Any, prefix: str = "") -> set[str]:

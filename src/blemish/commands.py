@@ -16,6 +16,7 @@ from blemish.sweep import LOG_FILE, Report
 if TYPE_CHECKING:
     from blemish.calibration import Calibration
     from blemish.data.records import Records
+    from blemish.pipeline import Finished
 
 DONE, SOME_FAILED, MISTAKE, DRIFT, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
 """Exit codes: all done; done, but some images could not be used; a user's mistake; `monitor` found that the promise no
@@ -76,8 +77,7 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
     else:
         _required(config, "data.root", "train data=folder data.root=DIR")
         run = Path(config.out) if config.out is not None else dated("runs")
-        if run.exists() and (not run.is_dir() or any(item.name != LOG_FILE for item in run.iterdir())):
-            raise ConfigError(f"{run} exists and is not empty: choose another out=, or continue it with resume={run}.")
+        _check_new(run, f", or continue it with resume={run}")
         from blemish.training.run import fit_to_images, name_classes, start
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
@@ -90,6 +90,17 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
         fit_to_images(config, [record.path for record in records if record.is_normal and record.split != "test"])
         settings = {key: value for key, value in _plain(config).items() if key != "sweep"}
         finished = start(run, settings, records, overrides, report)
+    return _print_finished(run, finished)
+
+
+def _check_new(run: Path, otherwise: str = "") -> None:
+    """Raise ConfigError if a run cannot begin in this folder."""
+    if run.exists() and (not run.is_dir() or any(item.name != LOG_FILE for item in run.iterdir())):
+        raise ConfigError(f"{run} exists and is not empty: choose another out={otherwise}.")
+
+
+def _print_finished(run: Path, finished: Finished) -> int:
+    """Say what a new run came to, and write its report."""
     _print_calibration(finished.calibration)
     if finished.synthetic:
         from blemish.evaluation.synthetic import in_words
@@ -99,6 +110,35 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
     _write_report(run)
     print(f"run folder: {run}")
     return code
+
+
+def _ensemble(config: Any, overrides: list[str]) -> int:
+    from omegaconf import OmegaConf
+
+    from blemish.ensemble import check_number
+
+    given = _required(config, "runs", "ensemble runs=[RUN,RUN]")
+    runs = [Path(str(run)) for run in (given if OmegaConf.is_list(given) else [given])]
+    check_number(len(runs))
+    out = Path(config.out) if config.out is not None else dated("runs")
+    _check_new(out)
+    other_data = not OmegaConf.is_missing(config.data, "root")
+    if other_data:
+        config.data.root = str(Path(config.data.root).expanduser().absolute())
+    else:
+        for_other = [word for word in overrides if word.startswith(("seed=", "split."))]
+        if for_other:
+            raise ConfigError(
+                f"'{for_other[0]}' is for other images: without data.root=DIR, the parts are those of the first run."
+            )
+        first = _run_settings(runs[0])
+        config.data, config.seed, config.split = (first[name] for name in ("data", "seed", "split"))
+    from blemish.combine import combine
+
+    settings = _plain(config)
+    settings["runs"] = [str(run.absolute()) for run in runs]
+    finished = combine(out, runs, settings, _read(settings["data"]).sound(), other_data, overrides)
+    return _print_finished(out, finished)
 
 
 def _print_calibration(calibration: Calibration) -> None:
@@ -346,4 +386,5 @@ ACTIONS: dict[str, Callable[[Any, list[str]], int]] = {
     "report": _report,
     "monitor": _monitor,
     "diff": _diff,
+    "ensemble": _ensemble,
 }

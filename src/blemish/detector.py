@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,9 +55,9 @@ class ScoredImage(NamedTuple):
     label: str | None
 
 
-@dataclass(frozen=True)
-class Detector:
-    """A tile scorer with all that turns its tiles into decisions.
+@dataclass(frozen=True, kw_only=True)
+class Detector(ABC):
+    """From images to score maps, which is a subclass's part, and from score maps to decisions.
 
     `fingerprint` names everything that shapes the scores; a calibration made for another one is refused.
     `about` says how the detector was made (config, version, seed, data fingerprint).
@@ -65,13 +66,8 @@ class Detector:
         CalibrationError: the calibration belongs to another detector.
     """
 
-    scorer: TileScorer
-    preprocess: Preprocess
-    tiling: Tiling
-    smoothing: Smoothing
     cleaning: Cleaning
     fingerprint: str
-    normalisation: SpatialNormalisation | MapRecorder | None = None
     calibration: Calibration | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,9 +83,8 @@ class Detector:
 
     @property
     def classes(self) -> Sequence[str]:
-        """The classes of parts that the scorer tells apart; none, for most. An image is then one tile."""
-        classes: Sequence[str] = getattr(self.scorer, "classes", ())
-        return classes
+        """The classes of parts that it tells apart; none, for most."""
+        return ()
 
     @property
     def card(self) -> Calibration:
@@ -116,12 +111,69 @@ class Detector:
         scored = next(self.score_batches([image], explain=True))[0]
         return scored.score_map, scored.expected
 
+    @abstractmethod
     def score_batches(self, images: Iterable[Pixels], explain: bool = False) -> Iterator[list[ScoredImage]]:
         """Score many images, in order, in the batches that were scored at once.
 
-        Neighbours of equal size share batches of up to `tiling.batch` tiles. With `explain`, each map comes with what
-        was expected, if the model says it.
+        With `explain`, each map comes with what was expected, if the model says it.
         """
+
+    @abstractmethod
+    def check_size(self, image: Pixels) -> None:
+        """Raise ImageError if maps are normalised pixel by pixel and the image has not the size for it."""
+
+    def decide(self, score_map: FloatArray, label: str | None = None) -> Prediction:
+        """Turn a score map, of an image of the class `label`, into a decision.
+
+        Raises:
+            NotCalibrated: there is no calibration yet. CalibrationError: the map has NaN or infinite values, or the
+                calibration is by class and knows no such class.
+        """
+        card = self.card.of(label)
+        if not np.isfinite(score_map).all():
+            raise CalibrationError("The score map has NaN or infinite values: no decision is possible.")
+        score = card.mask_rule.score(score_map)
+        mask, regions = mask_by_card(card, self.cleaning, score_map)
+        return Prediction(
+            score_map=score_map,
+            image_score=score,
+            p_value=card.p_value(score),
+            is_anomalous=score > card.threshold,
+            mask=mask,
+            regions=regions,
+            threshold=card.threshold,
+            label=label,
+        )
+
+    def __call__(self, image: Pixels | str | Path) -> Prediction:
+        """Predict one image: pixels (see `score_map`) or the path of a file.
+
+        Raises:
+            NotCalibrated, ImageError.
+        """
+        pixels = read_pixels(image) if isinstance(image, (str, Path)) else image
+        scored = next(self.score_batches([pixels]))[0]
+        return self.decide(scored.score_map, scored.label)
+
+
+@dataclass(frozen=True)
+class TileDetector(Detector):
+    """A tile scorer with all that turns its tiles into score maps."""
+
+    scorer: TileScorer
+    preprocess: Preprocess
+    tiling: Tiling
+    smoothing: Smoothing
+    normalisation: SpatialNormalisation | MapRecorder | None = None
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """As `Detector`; of a scorer that tells any. An image is then one tile."""
+        classes: Sequence[str] = getattr(self.scorer, "classes", ())
+        return classes
+
+    def score_batches(self, images: Iterable[Pixels], explain: bool = False) -> Iterator[list[ScoredImage]]:
+        """As `Detector`. Neighbours of equal size share batches of up to `tiling.batch` tiles."""
         waiting: list[tuple[Pixels, tuple[int, int]]] = []
         for image in images:
             pixels = check_pixels(image)
@@ -166,42 +218,9 @@ class Detector:
         return results
 
     def check_size(self, image: Pixels) -> None:
-        """Raise ImageError if maps are normalised pixel by pixel and the image has not the size for it."""
+        """As `Detector`."""
         if self.normalisation:
             self.normalisation.check(self.preprocess.scored_size(*check_pixels(image).shape[:2]))
-
-    def decide(self, score_map: FloatArray, label: str | None = None) -> Prediction:
-        """Turn a score map, of an image of the class `label`, into a decision.
-
-        Raises:
-            NotCalibrated: there is no calibration yet. CalibrationError: the map has NaN or infinite values, or the
-                calibration is by class and knows no such class.
-        """
-        card = self.card.of(label)
-        if not np.isfinite(score_map).all():
-            raise CalibrationError("The score map has NaN or infinite values: no decision is possible.")
-        score = card.mask_rule.score(score_map)
-        mask, regions = mask_by_card(card, self.cleaning, score_map)
-        return Prediction(
-            score_map=score_map,
-            image_score=score,
-            p_value=card.p_value(score),
-            is_anomalous=score > card.threshold,
-            mask=mask,
-            regions=regions,
-            threshold=card.threshold,
-            label=label,
-        )
-
-    def __call__(self, image: Pixels | str | Path) -> Prediction:
-        """Predict one image: pixels (see `score_map`) or the path of a file.
-
-        Raises:
-            NotCalibrated, ImageError.
-        """
-        pixels = read_pixels(image) if isinstance(image, (str, Path)) else image
-        scored = next(self.score_batches([pixels]))[0]
-        return self.decide(scored.score_map, scored.label)
 
 
 def mask_by_card(card: Calibration, cleaning: Cleaning, score_map: FloatArray) -> tuple[Mask, list[Region]]:

@@ -15,6 +15,8 @@ from blemish.errors import BlemishError
 
 CARD_FILE = "card.json"
 """The calibration card, beside every artefact that rests on it."""
+CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
+"""The resolved settings of a run, and how it came about and how far."""
 GALLERY_FILE = "gallery.zip"
 """Thumbnails for the report, beside the table of the images that they show."""
 

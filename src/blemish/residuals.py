@@ -1,8 +1,8 @@
 """Per-pixel distances between observed and expected; the training loss is the mean of the same object.
 
 Every residual maps two (B, C, H, W) tensors with values around [0, 1] to (B, 1, H, W), >= 0 and 0 where they
-are equal. Channels are averaged. Computed in float32, also under autocast: differences of near-equal numbers
-do not survive 8 bits of mantissa.
+are equal; those that compare each place on its own take features (B, D, h, w), too. Channels are averaged. Computed in
+float32, also under autocast: differences of near-equal numbers do not survive 8 bits of mantissa.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from blemish.errors import ConfigError
 
 
 class Residual(nn.Module, ABC):
-    """Base: subclasses implement `distance`."""
+    """Base: subclasses implement `distance`.
+
+    pixels_only: it looks at edges, windows or photographs, and makes no sense of a backbone's features.
+    """
+
+    pixels_only = False
 
     def forward(self, observed: Tensor, expected: Tensor) -> Tensor:
         """(B, C, H, W) x 2 -> (B, 1, H, W)."""
@@ -51,6 +56,7 @@ class Windowed(Residual):
         ConfigError: (in `forward`) a side is shorter than 6 pixels.
     """
 
+    pixels_only = True
     window: Tensor
 
     def __init__(self) -> None:
@@ -133,6 +139,7 @@ class MultiScaleSSIM(Residual):
         ConfigError: scales not in 1 to 5, or (in `forward`) a side is shorter than 6 * 2^(scales - 1) pixels.
     """
 
+    pixels_only = True
     _WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
     def __init__(self, scales: int = 4) -> None:
@@ -167,6 +174,7 @@ class GradientMagnitude(Residual):
         ConfigError: scales below 1, or (in `forward`) a side is shorter than 2^scales pixels.
     """
 
+    pixels_only = True
     kernel: Tensor
 
     def __init__(self, scales: int = 3, c: float = 170 / 255**2) -> None:
@@ -220,6 +228,7 @@ class WeightedSum(Residual):
             )
         self.terms = nn.ModuleList(terms)
         self.weights = weights
+        self.pixels_only = any(term.pixels_only for term in terms)
 
     def distance(self, observed: Tensor, expected: Tensor) -> Tensor:
         parts = [weight * term(observed, expected) for weight, term in zip(self.weights, self.terms, strict=True)]

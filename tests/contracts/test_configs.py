@@ -14,7 +14,7 @@ from blemish.cli import config_folder
 from blemish.commands import ACTIONS
 from blemish.difference.build import build_comparison
 
-GROUPS = ("model", "residual", "score", "corruption", "augment", "data", "trainer", "sweep", "strategy")
+GROUPS = ("model", "backbone", "residual", "score", "corruption", "augment", "data", "trainer", "sweep", "strategy")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 MASK_SETTINGS = ("mask_rule", "tau", "region_area")
 every_option = pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}-{o}" for g, o in OPTIONS])
@@ -48,7 +48,9 @@ def test_every_folder_of_options_is_covered():
 def test_option_composes_and_fits_its_target(settings, group, option):
     verb = "diff" if group == "strategy" else "train"
     composed = settings(f"{group}={option}", "image.channels=1", verb=verb)
-    own = yaml.safe_load((config_folder() / group / f"{option}.yaml").read_text("utf-8"))
+    text = (config_folder() / group / f"{option}.yaml").read_text("utf-8")
+    content = yaml.safe_load(text)
+    own = content[group] if text.startswith("# @package _global_") else content  # settings of other groups, too
     assert composed[group].keys() == own.keys()
     assert composed[group].get("_target_") == own.get("_target_")
     assert_fits(composed)
@@ -84,6 +86,18 @@ def test_models_follow_the_channels_and_the_tiles(settings, option, channels):
     model = settings(f"model={option}", f"image.channels={channels}", "tiling.size=96")["model"]
     assert model.get("channels", channels) == channels
     assert model.get("tile_size", 96) == 96
+
+
+def test_a_model_brings_what_fits_it_and_the_command_line_wins(settings):
+    plain = settings("image.channels=1")
+    fitting = settings("model=feature_ae", "image.channels=1")
+    assert fitting["score"]["_target_"].endswith("ResidualScore") and fitting["residual"]["_target_"].endswith("L2")
+    assert (fitting["image"]["size"], plain["image"]["size"]) == (256, None)
+    words = ("score=recursive", "residual=l1", "image.size=128", "tiling.standardise=true")
+    for chosen in (settings("model=feature_ae", *words), settings(*words, "model=feature_ae")):
+        assert chosen["score"]["_target_"].endswith("RecursiveScore")
+        assert chosen["residual"]["_target_"].endswith("L1")
+        assert chosen["image"]["size"] == 128 and chosen["tiling"]["standardise"]
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "trainer"])

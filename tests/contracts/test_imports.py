@@ -122,7 +122,7 @@ def test_public_names_come_on_first_use():
 
 def test_all_but_the_tile_scorer_runs_without_torch():
     modules = ["detector", "tiling", "calibration", "preprocess", "postprocess", "pictures", "outputs", "pipeline"]
-    modules += ["data.images", "data.records", "data.splits", "data.check", "evaluation.metrics"]
+    modules += ["ensemble", "data.images", "data.records", "data.splits", "data.check", "evaluation.metrics"]
     loaded = loaded_after("import " + ", ".join(f"blemish.{module}" for module in modules))
     assert loaded & {"torch", "hydra", "pytorch_lightning", "albumentations"} == set()
 

@@ -1,6 +1,8 @@
 """What every model in configs/model promises; a new file joins by itself."""
 
 import io
+from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -9,42 +11,67 @@ import yaml
 from blemish.build import TRUSTED, build
 from blemish.cli import config_folder
 from blemish.errors import ConfigError
-from blemish.models.contracts import Gaussian, Latent, Output
+from blemish.models.contracts import Adversarial, Gaussian, Latent, Output, Pair
 
-ARGUMENTS = {
-    file.stem: yaml.safe_load(file.read_text("utf-8")).keys()
-    for file in sorted((config_folder() / "model").glob("*.yaml"))
+FILES = {
+    file.stem: yaml.safe_load(file.read_text("utf-8")) for file in sorted((config_folder() / "model").glob("*.yaml"))
 }
+ARGUMENTS = {name: content.get("model", content) for name, content in FILES.items()}  # a model may bring settings
 
 
 def having(argument):
     return [name for name, arguments in ARGUMENTS.items() if argument in arguments]
 
 
-SAME_CLASS = ("golden_template",)  # as template_bank
+LIKE_OTHERS = (  # of the default suite, in what they promise here
+    *("golden_template", "pca", "global_gaussian", "isolation_forest", "one_class_svm", "adversarial_ae", "f_anogan"),
+)
 every_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SAME_CLASS else name for name in ARGUMENTS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in ARGUMENTS]
 )
 halving_model = pytest.mark.parametrize("name", having("depth"))
 every_channels = pytest.mark.parametrize("channels", [1, 3])
 SIZE = 64
+RANDOM_BACKBONE = (
+    "backbone.weights=none",
+    "backbone.layers=[1,2]",
+    "backbone.margin=0",
+)  # needs no package, and is small
+QUICK = {
+    "steps": 4,
+    "batch_size": 64,
+    "dimensions": 8,
+    "samples": 300,
+    "trees": 10,
+    "templates": 2,
+    "tries": 1,
+}  # where a model has a number for it
 
 
 def tiles(channels=1, size=SIZE, count=3, seed=0):
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(settings):
     """A fresh model, built as `blemish train` builds it; one that fits in one pass has had its pass."""
 
-    def build_model(name, channels=1, size=SIZE, seed=0):
+    @cache
+    def built(name, channels, size, seed):
         torch.manual_seed(seed)
-        composed = settings(f"model={name}", f"image.channels={channels}", f"tiling.size={size}")
+        quick = [f"model.{key}={value}" for key, value in QUICK.items() if ARGUMENTS[name].get(key)]
+        composed = settings(
+            f"model={name}", f"image.channels={channels}", f"tiling.size={size}", *RANDOM_BACKBONE, *quick
+        )
         model = build(composed["model"], TRUSTED, "model")
         if hasattr(model, "fit"):
             model.fit([tiles(channels, size, seed=seed + 1)])
-        return model
+        return model, torch.get_rng_state()
+
+    def build_model(name, channels=1, size=SIZE, seed=0):
+        model, random = built(name, channels, size, seed)
+        torch.set_rng_state(random)  # as if it had been built just now
+        return deepcopy(model)
 
     return build_model
 
@@ -72,6 +99,13 @@ def trained_a_little(model, x):
 @torch.no_grad()
 def expected_by(model, x):
     return model.eval()(x).expected
+
+
+@torch.no_grad()
+def judged_by(model, x):
+    """What was expected, or the evidence of a model that expects nothing."""
+    output = model.eval()(x)
+    return output.expected if output.evidence is None else output.evidence
 
 
 @torch.no_grad()
@@ -145,6 +179,29 @@ def test_valid_and_spread_are_one_value_a_pixel_or_nothing(make, name, channels)
 
 
 @every_model
+@every_channels
+def test_evidence_is_not_negative_and_comes_without_expectation(make, name, channels):
+    output = make(name, channels).eval()(tiles(channels))
+    if output.evidence is not None:
+        assert output.evidence.dtype == torch.float32
+        assert output.evidence.shape == (3, 1, *output.observed.shape[-2:])
+        assert torch.isfinite(output.evidence).all() and (output.evidence >= 0).all() and output.evidence.max() > 0
+        assert torch.equal(output.expected, output.observed)
+
+
+@every_model
+@every_channels
+def test_features_are_a_pair_of_one_shape_or_nothing(make, name, channels):
+    pair = make(name, channels).eval()(tiles(channels)).features
+    if pair is not None:
+        assert type(pair) is Pair
+        assert pair.observed.shape == pair.expected.shape
+        assert (pair.observed.ndim, len(pair.observed)) == (4, 3)
+        assert pair.observed.dtype == torch.float32
+        assert torch.isfinite(pair.observed).all() and torch.isfinite(pair.expected).all()
+
+
+@every_model
 def test_a_latent_is_drawn_anew_in_training(make, name):
     model = make(name).train()
     first, second = model(tiles()), model(tiles())
@@ -164,6 +221,9 @@ def test_gradient_reaches_every_parameter(make, name):
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     if parameters:
         everything(model(tiles())).backward()
+    if isinstance(model, Adversarial):  # which its output alone need not reach
+        judged = model.discriminator(model.play(tiles(), tiles(), 0).real)
+        judged.logits.mean().backward()
     unreached = [
         key
         for key, value in parameters.items()
@@ -194,8 +254,8 @@ def test_evaluation_changes_no_state(make, name):
 @every_model
 def test_a_tile_does_not_depend_on_its_batch(make, name):
     model = trained_a_little(make(name), tiles())
-    together = expected_by(model, tiles())
-    alone = torch.cat([expected_by(model, tile[None]) for tile in tiles()])
+    together = judged_by(model, tiles())
+    alone = torch.cat([judged_by(model, tile[None]) for tile in tiles()])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -208,17 +268,17 @@ def test_weights_saved_and_loaded_give_the_same_bits(make, name, channels):
     torch.save(model.state_dict(), saved)
     saved.seek(0)
     other = make(name, channels, seed=7)
-    assert not torch.equal(expected_by(model, x), expected_by(other, x))
+    assert not torch.equal(judged_by(model, x), judged_by(other, x))
     other.load_state_dict(torch.load(saved, weights_only=True))
-    assert torch.equal(expected_by(model, x), expected_by(other, x))
+    assert torch.equal(judged_by(model, x), judged_by(other, x))
 
 
 @every_model
 def test_memory_format_does_not_change_the_answer(make, name):
     model = trained_a_little(make(name), tiles())
-    plain = expected_by(model, tiles())
+    plain = judged_by(model, tiles())
     model.to(memory_format=torch.channels_last)
-    other = expected_by(model, tiles().to(memory_format=torch.channels_last))
+    other = judged_by(model, tiles().to(memory_format=torch.channels_last))
     torch.testing.assert_close(plain, other, atol=1e-5, rtol=1e-4)
 
 
@@ -248,7 +308,9 @@ def variant(settings):
 
     def build_variant(name, **changes):
         torch.manual_seed(0)
-        arguments = settings(f"model={name}", "image.channels=1", f"tiling.size={SIZE}")["model"]
+        arguments = settings(f"model={name}", "image.channels=1", f"tiling.size={SIZE}", "backbone.weights=none")[
+            "model"
+        ]
         return build(arguments | changes, TRUSTED, "model")
 
     return build_variant
@@ -282,13 +344,18 @@ IMPOSSIBLE = [
     ({"blocks": 3}, r"model\.blocks to divide model\.latent_dim \(64\), found 3"),
     ({"shrinkage": 256}, r"model\.shrinkage in \[0, model\.slots\) = \[0, 256\), found 256"),
     ({"entropy_weight": -1}, r"model\.entropy_weight >= 0, found -1"),
+    ({"adversarial_weight": 0}, r"model\.adversarial_weight > 0, found 0"),
+    ({"code_weight": -1}, r"model\.code_weight > 0, found -1"),
+    ({"kappa": 0}, r"model\.kappa > 0, found 0"),
+    ({"discriminator_rate": 0}, r"model\.discriminator_rate > 0, found 0"),
+    ({"gan_share": 1.0}, r"model\.gan_share between 0 and 1, found 1\.0"),
     ({"sigma": 0}, r"model\.sigma > 0, in pixels, found 0"),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
-    [(name, *row) for row in IMPOSSIBLE for name in having("depth") if row[0].keys() <= ARGUMENTS[name]],
+    [(name, *row) for row in IMPOSSIBLE for name in having("depth") if row[0].keys() <= ARGUMENTS[name].keys()],
 )
 def test_impossible_architecture_is_refused_in_words(variant, name, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
@@ -304,7 +371,7 @@ def test_an_unknown_argument_is_refused_in_words(variant, name):
 @pytest.mark.parametrize(
     ("name", "change"),
     [(name, {}) for name in having("depth")]
-    + [(name, {"latent": "flat", "tile_size": 16}) for name in having("tile_size")]
+    + [(name, {"latent": latent}) for name in having("latent") for latent in ("flat", "spatial")]
     + [(name, {"skips": skips}) for name in having("skips") for skips in ("none", "gated", "full")]
     + [(name, {"mask_head": head}) for name in having("mask_head") for head in (True, False)]
     + [(name, {"blocks": 4, "shrinkage": 3.0}) for name in having("blocks")],
@@ -320,7 +387,9 @@ def test_an_unknown_argument_is_refused_in_words(variant, name):
     ],
 )
 def test_every_variant_trains(variant, name, change, normalisation, activation):
-    model = variant(name, width=4, depth=2, normalisation=normalisation, activation=activation, **change)
+    fitting = {"tile_size": 16} if "tile_size" in ARGUMENTS[name] else {}
+    change = fitting | change | {"normalisation": normalisation, "activation": activation}
+    model = variant(name, width=4, depth=2, **change)
     x = tiles(size=16)
     optimizer = torch.optim.Adam(model.parameters(), 0.003)
     losses = []

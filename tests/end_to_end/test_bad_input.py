@@ -20,6 +20,7 @@ TABLE = [
     ("trian data.root={world}/few", "no verb 'trian': did you mean 'train'"),
     (FEW + "foo", "KEY=VALUE, found 'foo'"),
     (FEW + "modle=vae", "no setting 'modle'"),
+    ("train model.latent_dim=4 model=conv_ae modle=vae", "no setting 'modle'"),  # not latent_dim, which conv_ae has
     (FEW + "training.step=5", "did you mean 'training.steps'"),
     (FEW + "model.nope=3", "no setting 'model.nope'"),
     (FEW + "+model.nope=3", "nope"),

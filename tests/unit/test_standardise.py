@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from blemish.detector import Detector
+from blemish.detector import TileDetector
 from blemish.models.contracts import Output
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
@@ -87,7 +87,7 @@ class Expects(nn.Module):
 
 def detector(function, standardise=True):
     scorer = TorchScorer(Expects(function), ResidualScore(L1()), standardise=standardise)
-    return Detector(scorer, Preprocess(1), Tiling(16), Smoothing(1.0), Cleaning(1), "print")
+    return TileDetector(scorer, Preprocess(1), Tiling(16), Smoothing(1.0), cleaning=Cleaning(1), fingerprint="print")
 
 
 def blurred(x):

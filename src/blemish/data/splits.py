@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ class Splits:
 
 SPLITS_FILE = "splits.csv"
 _COLUMNS = ("path", "split", "kind", "unit", "sha256")
+_SPLIT: dict[str, Split] = {split: split for split in SPLITS}
 
 
 def write_splits(path: Path, splits: Splits) -> None:
@@ -67,24 +68,58 @@ def write_splits(path: Path, splits: Splits) -> None:
     write_csv(path, _COLUMNS, rows)
 
 
+def read_splits(path: Path, records: Sequence[Record], progress: bool = True) -> Splits:
+    """The parts that `write_splits` wrote, of the records of the same data; records that it does not name are left out.
+
+    Raises:
+        DataError: the file is missing, or an image is gone or has changed since.
+    """
+    rows = {row["path"]: row for row in _read_rows(path)}
+    named = [record for record in records if str(record.path) in rows]
+    if len(named) < len(rows):
+        gone = next(iter(rows.keys() - {str(record.path) for record in named}))
+        raise DataError(f"{gone} has gone since {path} was written: give the images by data.root=DIR.")
+    _check_same(path, [rows[str(record.path)] for record in named], progress)
+    return Splits(
+        [
+            SplitRecord(replace(record, split=_SPLIT[row["split"]]), row["sha256"], row["unit"])
+            for record in named
+            for row in (rows[str(record.path)],)
+        ]
+    )
+
+
 def read_part(path: Path, split: Split, progress: bool = True) -> list[SplitRecord]:
     """The images of one part, from what `write_splits` wrote.
 
     Raises:
         DataError: the file is missing, or an image is gone or has changed since.
     """
+    rows = [row for row in _read_rows(path) if row["split"] == split]
+    _check_same(path, rows, progress)
+    return [
+        SplitRecord(Record(Path(row["path"]), row["kind"], split=split), row["sha256"], row["unit"]) for row in rows
+    ]
+
+
+def part_digests(path: Path, split: Split) -> set[str]:
+    """The SHA-256 of the images of one part, from what `write_splits` wrote. Raises DataError if it is missing."""
+    return {row["sha256"] for row in _read_rows(path) if row["split"] == split}
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == split]
+            return list(csv.DictReader(file))
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}; give the images by data.root=DIR.") from error
+
+
+def _check_same(path: Path, rows: Sequence[Mapping[str, str]], progress: bool) -> None:
     digests = digest_files([Path(row["path"]) for row in rows], progress)
     for row, digest in zip(rows, digests, strict=True):
         if row["sha256"] != digest:
             raise DataError(f"{row['path']} has changed since {path} was written: give the images by data.root=DIR.")
-    return [
-        SplitRecord(Record(Path(row["path"]), row["kind"], split=split), row["sha256"], row["unit"]) for row in rows
-    ]
 
 
 def digest_files(paths: Sequence[Path], progress: bool = True) -> list[str]:

@@ -49,8 +49,18 @@ class ConvAutoencoder(nn.Module):
         self.from_code = FromCode(latent_dim, features, latent, grid)
         self.decoder = Decoder(channels, width, depth, normalisation, activation)
 
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> the code, of a distribution its mean: (B, D, h, w), or (B, D) if flat."""
+        check_tile(x.shape[-2], x.shape[-1], self.depth)
+        numbers: Tensor = self.into_code(self.encoder(x))
+        return numbers.chunk(self.numbers_per_dimension, dim=1)[0]
+
     def forward(self, x: Tensor) -> Output:
         """(B, C, H, W) in [0, 1] -> observed = x and expected, both (B, C, H, W)."""
+        return self.rebuilt(x)[0]
+
+    def rebuilt(self, x: Tensor) -> tuple[Output, Tensor]:
+        """What `forward` gives here, and the code: (B, D, H / 2^depth, W / 2^depth) if spatial, (B, D) if flat."""
         check_tile(x.shape[-2], x.shape[-1], self.depth)
-        code = self.into_code(self.encoder(x))
-        return Output(x, self.decoder(self.from_code(code)))
+        code: Tensor = self.into_code(self.encoder(x))
+        return Output(x, self.decoder(self.from_code(code))), code

@@ -42,6 +42,13 @@ class Latent(NamedTuple):
         return self.posterior.kl(self.prior)
 
 
+class Pair(NamedTuple):
+    """What a model compares beside pixels, such as two codes or two looks of a discriminator: both (B, D, h, w)."""
+
+    observed: Tensor
+    expected: Tensor
+
+
 class Output(NamedTuple):
     """Observed against expected.
 
@@ -51,7 +58,10 @@ class Output(NamedTuple):
     repaired: (B, 1, h, w) logits of the model's own belief that it repaired a pixel, for models that have one.
     valid: (B, 1, h, w) bool, False where there is nothing to compare with; None if there is something everywhere.
     spread: (B, 1, h, w) > 0, how much normal tiles differ from what is expected at each place, for models that know.
+    evidence: (B, 1, h, w) >= 0, how unusual each place is, for models that judge without saying what they expect; these
+        give what was observed as expected, and no residual can score them (see `EvidenceScore`).
     choice: (B,) int64, which of the model's `classes` (see `classes_of`) each tile is most like, for models that tell.
+    features: of what was observed and of what was expected, on a grid of their own, for models that compare both.
     """
 
     observed: Tensor
@@ -61,12 +71,34 @@ class Output(NamedTuple):
     repaired: Tensor | None = None
     valid: Tensor | None = None
     spread: Tensor | None = None
+    evidence: Tensor | None = None
     choice: Tensor | None = None
+    features: Pair | None = None
+
+
+class FeatureSource(Protocol):
+    """What models in feature space look through, the setting `backbone`: a torch module that never changes.
+
+    features: D, the number of features at each place.
+    """
+
+    features: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, 1 or 3, H, W), values around [0, 1] -> (B, D, h, w); the grid's places divide the tile evenly."""
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """A model whose bottleneck others may look at."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), as `forward` takes them -> what the bottleneck says: (B, D, h, w), or (B, D) of the tile."""
 
 
 @runtime_checkable
 class Fittable(Protocol):
-    """A model that learns of normal tiles without gradients, and keeps what it has learned in buffers.
+    """A model that learns of normal tiles by itself, without the trainer, and keeps what it has learned in its state.
 
     whole_image: it compares whole images, so a tile must be one.
     """
@@ -78,6 +110,50 @@ class Fittable(Protocol):
 
         `labels`: the class of part of each tile, where the data name it.
         """
+
+
+class Judgement(NamedTuple):
+    """What a discriminator makes of a batch.
+
+    logits: (B, 1, h, w), above 0 where it takes what it sees for real. features: (B, F, h, w), what it goes by.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+class Round(NamedTuple):
+    """What a model made of a batch in training against a discriminator.
+
+    learners: the parameters that learn now, beside the discriminator's.
+    output: for the objective; None where nothing is rebuilt yet.
+    real, fake: for the discriminator to tell apart, of one shape; None where it has finished learning.
+    """
+
+    learners: Sequence[nn.Parameter]
+    output: Output | None = None
+    real: Tensor | None = None
+    fake: Tensor | None = None
+
+
+@runtime_checkable
+class Adversarial(Protocol):
+    """A model that learns against a discriminator; all else about it is as for any other.
+
+    discriminator: from what it judges to a `Judgement`; no other part of the model shares its parameters.
+    discriminator_rate: its learning rate, in units of the other parameters'.
+    stages: shares of the training, one after the other; their sum is 1. Validation counts in the last one.
+    """
+
+    discriminator: nn.Module
+    discriminator_rate: float
+    stages: tuple[float, ...]
+
+    def play(self, given: Tensor, target: Tensor, stage: int) -> Round:
+        """Corrupted tiles and clean ones, both (B, C, H, W), and the number of the stage, from 0."""
+
+    def persuasion(self, real: Judgement, fake: Judgement) -> Tensor:
+        """What all but the discriminator minimise beside the objective: a scalar, weighted."""
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:

@@ -91,6 +91,12 @@ class RepairAutoencoder(nn.Module):
         evidence = self.compare(torch.cat([self.mask_decoder(features), pixels], 1))
         return Output(x, expected, repaired=F.pixel_shuffle(self.mask(evidence), 2))
 
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> the bottleneck's features (B, D, H / 2^depth, W / 2^depth)."""
+        check_tile(x.shape[-2], x.shape[-1], self.depth)
+        features: Tensor = self.bottleneck(self.encoder(x))
+        return features
+
     def repair(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The features of the encoder's levels, the last one after the bottleneck; and what is expected."""
         features = self.encoder.levels(x)

@@ -55,6 +55,10 @@ class HighFrequencyRestorer(UNet):
         window = torch.exp(-positions.square() / (2 * sigma**2))
         self.register_buffer("window", (window / window.sum()).float(), persistent=False)
 
+    def encode(self, x: Tensor) -> Tensor:
+        """As in `RepairAutoencoder`, from the detail alone."""
+        return super().encode(self.detail(x))
+
     def repair(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """As in `RepairAutoencoder`, from the detail alone."""
         features, expected = super().repair(self.detail(x))

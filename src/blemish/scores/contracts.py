@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError
@@ -91,11 +92,37 @@ def expected_tile(output: Output, x: Tensor, score: nn.Module) -> Tensor:
     return output.expected
 
 
+def residual_tile(residual: nn.Module, output: Output, x: Tensor) -> Tensor:
+    """The residual of what a model said of the tiles x, (B, 1, H, W); a coarser grid is enlarged bilinearly.
+
+    Raises:
+        ConfigError: the model does not say what it expects; or it compares features, and the residual pixels.
+    """
+    if output.evidence is not None:
+        raise ConfigError(
+            f"{type(residual).__name__} compares what is observed with what is expected, and the model judges without "
+            "expecting anything: set score=evidence, or choose another model."
+        )
+    if output.observed.shape[-2:] != x.shape[-2:] and getattr(residual, "pixels_only", False):
+        raise ConfigError(
+            f"{type(residual).__name__} compares pixels, and the model features of shape "
+            f"{tuple(output.observed.shape[1:])}: set residual=l2, or choose a model in pixel space."
+        )
+    return enlarged(residual(output.observed, output.expected), x)
+
+
+def enlarged(values: Tensor, like: Tensor) -> Tensor:
+    """(B, 1, h, w) -> (B, 1, H, W), those of `like`, bilinearly."""
+    size = like.shape[-2:]
+    return values if values.shape[-2:] == size else F.interpolate(values, size, mode="bilinear", align_corners=False)
+
+
 def compared(residual: Tensor, output: Output) -> Tensor:
     """A residual (B, 1, H, W) in units of what normal tiles show, 0 where there is nothing to compare with."""
     if output.spread is not None:
-        residual = residual / output.spread
-    return residual if output.valid is None else residual * output.valid
+        residual = residual / enlarged(output.spread, residual)
+    # A pixel between places of a coarser grid counts only if all of them do.
+    return residual if output.valid is None else residual * (enlarged(output.valid.float(), residual) == 1)
 
 
 def bounded(y: Tensor, x: Tensor) -> Tensor:

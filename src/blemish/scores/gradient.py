@@ -16,6 +16,7 @@ from blemish.scores.contracts import (
     gradient,
     gradients,
     latents_of,
+    residual_tile,
 )
 from blemish.scores.variational import kl_map
 
@@ -51,7 +52,7 @@ class InputGradientScore(ExplainedScore):
         with gradients():
             x = x.clone().requires_grad_()
             output = model(x)
-            residual = self.residual(output.observed, output.expected)
+            residual = residual_tile(self.residual, output, x)
             loss = x.new_zeros(()) if self.of == "kl" else residual.sum()
             if self.of != "residual":
                 loss = loss + (1 if self.of == "kl" else self.beta) * kl_map(latents_of(output, self), x).sum()

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from blemish.residuals import Residual
-from blemish.scores.contracts import ExplainedScore, compared
+from blemish.scores.contracts import ExplainedScore, compared, residual_tile
 
 
 class ResidualScore(ExplainedScore):
-    """The residual between what is observed and what the model expects."""
+    """The residual between what is observed and what the model expects, be it pixels or features."""
 
     def __init__(self, residual: Residual) -> None:
         super().__init__()
@@ -19,4 +19,4 @@ class ResidualScore(ExplainedScore):
     @torch.inference_mode()
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         output = model(x)
-        return compared(self.residual(output.observed, output.expected), output), output.expected
+        return compared(residual_tile(self.residual, output, x), output), output.expected

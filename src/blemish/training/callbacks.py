@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchvision.utils import make_grid
@@ -15,6 +16,28 @@ from blemish.evaluation.curves import PixelCurves, RankCurve
 from blemish.scores.contracts import FittableScore, Score
 from blemish.sweep import Report
 from blemish.training.task import ReconstructionTask
+
+
+class _OnceSettled(pl.Callback):
+    """Mixed into a callback that goes by the validation loss: it waits until that counts (`task.settled`)."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, ReconstructionTask)
+        if pl_module.settled:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, ReconstructionTask)
+        if pl_module.settled:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+class BestCheckpoint(_OnceSettled, ModelCheckpoint):
+    """Keeps the weights of the best validation loss."""
+
+
+class Patience(_OnceSettled, EarlyStopping):
+    """Stops a training that no longer gets better."""
 
 
 class Panel(pl.Callback):
@@ -91,7 +114,7 @@ class SyntheticWatch(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, ReconstructionTask)
-        if self.report is None or trainer.sanity_checking:
+        if self.report is None or trainer.sanity_checking or not pl_module.settled:
             return
         epoch, figure = trainer.current_epoch + 1, self._figure(pl_module)
         if isinstance(trainer.logger, TensorBoardLogger):

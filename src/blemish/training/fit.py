@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
@@ -22,8 +22,10 @@ from blemish.data.datamodule import TileDataModule
 from blemish.data.datasets import TrainingTiles, ValidationTiles
 from blemish.errors import CheckpointError, ConfigError
 from blemish.files import explain_write_errors
+from blemish.models.contracts import Adversarial
 from blemish.scores.contracts import Score
-from blemish.training.callbacks import Panel, SyntheticWatch
+from blemish.training.adversarial import AdversarialTask, check_adversarial, without_clipping
+from blemish.training.callbacks import BestCheckpoint, Panel, Patience, SyntheticWatch
 from blemish.training.objectives import ReconstructionObjective
 from blemish.training.task import ReconstructionTask
 
@@ -120,7 +122,7 @@ def fit(
     """
     _quieten()
     data = TileDataModule(tiles, validation, settings.batch_size, settings.steps_per_epoch, settings.workers)
-    task = ReconstructionTask(
+    parts = (
         model.train(),  # Lightning keeps the mode that it finds
         objective,
         corruption,
@@ -131,8 +133,14 @@ def fit(
         settings.channels_last,
         standardise,
     )
+    arguments = dict(trainer) | {"precision": pick_precision(trainer)}
+    if isinstance(model, Adversarial):
+        arguments, clipping = without_clipping(arguments)
+        task: ReconstructionTask = AdversarialTask(*parts, clipping=clipping)
+    else:
+        task = ReconstructionTask(*parts)
     folder = run / CHECKPOINTS
-    best = ModelCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False)
+    best = BestCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False)
     # Not save_last, which since Lightning 2.6 saves only when the best is saved: a resumed training would go back.
     latest = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     callbacks: list[pl.Callback] = [best, latest, LearningRateMonitor("step"), Panel(score, settings.panel_every)]
@@ -141,9 +149,9 @@ def fit(
     if watch is not None:
         callbacks.append(watch)
     if settings.patience is not None:
-        callbacks.append(EarlyStopping("val/loss", patience=settings.patience, check_finite=True))
+        callbacks.append(Patience("val/loss", patience=settings.patience, check_finite=True))
     lightning = pl.Trainer(
-        **(dict(trainer) | {"precision": pick_precision(trainer)}),
+        **arguments,
         default_root_dir=run,
         logger=TensorBoardLogger(run, name="tensorboard", version=""),
         callbacks=callbacks,
@@ -176,8 +184,8 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Raise ConfigError if Lightning cannot work with these arguments on this machine."""
+def check_trainer(trainer: Mapping[str, Any], model: nn.Module | None = None) -> None:
+    """Raise ConfigError if Lightning cannot work with these arguments on this machine, or not for this model."""
     _quieten()
     taken = sorted(_OWN_ARGUMENTS & trainer.keys())
     if taken:
@@ -191,6 +199,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         lightning = pl.Trainer(**arguments, logger=False, enable_checkpointing=False)
         if type(lightning.strategy.launcher).__name__ == "_SubprocessScriptLauncher":
             raise ConfigError("Several devices need trainer=ddp: other strategies would start the whole command anew.")
+        if isinstance(model, Adversarial):
+            check_adversarial(trainer, arguments["precision"], lightning.world_size)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"The settings of trainer do not fit: {error}") from error
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +13,21 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from blemish import __version__, pipeline
+from blemish import pipeline
 from blemish.build import build, build_section, locate
-from blemish.calibration import Calibration, read_settings
-from blemish.checkpoint import PARTS, assemble, build_model, pick_device, save_detector
+from blemish.calibration import read_settings
+from blemish.checkpoint import PARTS, about_run, assemble, build_model, pick_device, save_detector, trained_on
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
 from blemish.data.images import probe
 from blemish.data.records import SPLITS, Record, Split
 from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
-from blemish.evaluation.synthetic import check_images, check_metric, synthetic_defects_figure, write_figure
-from blemish.files import write_json, write_text
+from blemish.evaluation.synthetic import check_images, check_metric
+from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
 from blemish.models.contracts import Fittable, classes_of
 from blemish.normalisation import NormalisationSettings
+from blemish.pipeline import Finished
 from blemish.preprocess import Preprocess
 from blemish.scores.contracts import FittableScore, Score
 from blemish.standardise import standardised
@@ -39,20 +38,7 @@ from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
-_MOST_TO_LEARN = 1000  # tiles, for models without gradients
-CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a training led to; `metrics` is None where the data have no test part.
-
-    `synthetic` (see `evaluation.synthetic`) is None where that figure was not wanted.
-    """
-
-    calibration: Calibration
-    metrics: dict[str, Any] | None
-    synthetic: dict[str, Any] | None
+_MOST_TO_LEARN = 1000  # tiles, for models that learn by themselves
 
 
 def start(
@@ -77,18 +63,7 @@ def start(
     parts = _Parts.build(settings, splits)
     write_text(run / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
     write_splits(run / SPLITS_FILE, splits)
-    about = {
-        "software": "blemish",
-        "version": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a subclass of str, which a checkpoint may not hold
-        "seed": settings["seed"],
-        "overrides": list(overrides),
-        "data_fingerprint": splits.fingerprint(),
-        "images": {name: len(splits.of(name)) for name in SPLITS},
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "status": "training",
-    }
+    about = about_run(settings["seed"], splits, overrides) | {"status": "training"}
     write_json(run / RUN_FILE, about)
     return _go_on(run, settings, splits, parts, about, report)
 
@@ -123,6 +98,16 @@ def resume(run: Path, read: Any, report: Report | None = None) -> Finished:
 
 
 @dataclass(frozen=True)
+class _Again:
+    """Batches that are made anew each time they are gone through, so that they need not be held."""
+
+    batches: Callable[[], Iterator[Tensor]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.batches()
+
+
+@dataclass(frozen=True)
 class _Parts:
     """All that is built from settings and images before a run folder is made; `labels` are of the training images."""
 
@@ -149,6 +134,7 @@ class _Parts:
             _check_normalisation(splits, normalisation, preprocess, settings["calibration"]["mask_rule"])
         torch.manual_seed(settings["seed"])
         model = build_model(settings)
+        check_trainer(settings["trainer"], model)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
         promise, _ = read_settings(settings["calibration"])
@@ -174,10 +160,10 @@ class _Parts:
         return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation)
 
     def learn(self) -> nn.Module:
-        """What takes the place of training for a model without gradients."""
+        """What takes the place of the trainer for a model that learns by itself."""
         assert isinstance(self.model, Fittable)
         normal = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
-        self.model.fit(list(self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
+        self.model.fit(_Again(lambda: self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
         return self.model
 
     def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
@@ -240,16 +226,16 @@ def _go_on(
 ) -> Finished:
     """From a prepared folder to a finished one; steps that are done are not done again."""
     print(f"run folder: {run}", flush=True)
-    gradient_free = isinstance(parts.model, Fittable)
-    if about["status"] == "trained" and not gradient_free:
+    by_itself = isinstance(parts.model, Fittable)
+    if about["status"] == "trained" and not by_itself:
         model = load_best(run, parts.model)
     else:
         watch = None
-        if not gradient_free and report is not None and settings["synthetic"]["images"]:
+        if not by_itself and report is not None and settings["synthetic"]["images"]:
             watch = SyntheticWatch(parts.score, parts.validation, settings["optimized_metric"], report)
         began = time.monotonic(), time.process_time()
         try:
-            if gradient_free:
+            if by_itself:
                 model = parts.learn()
             else:
                 model = fit(
@@ -276,11 +262,7 @@ def _go_on(
             for name, seconds in zip(("training_seconds", "training_core_seconds"), taken, strict=True):
                 about[name] = round(about.get(name, 0.0) + seconds, 3)
             write_json(run / RUN_FILE, about)
-    seen = [item for name in SPLITS[:2] for item in splits.of(name)]
-    trained = {
-        "trained_on": sorted(item.digest for item in seen),
-        "trained_groups": sorted({item.record.group for item in seen if item.record.group is not None}),
-    }
+    trained = trained_on([item for name in SPLITS[:2] for item in splits.of(name)])
     device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
     if isinstance(parts.score, FittableScore):
         parts.score.fit(model.eval().to(device), parts.shown(parts.validation, device))
@@ -295,18 +277,10 @@ def _go_on(
     calibration = pipeline.calibrate(detector, splits.of("calibration"), promise, mask_rule)
     about["status"] = "done"
     save_detector(run, settings, detector, calibration, about | trained)
-    figure = None
-    if settings["synthetic"]["images"]:
-        held_out = [item.record.path for item in splits.of("validation")]
-        ready = detector.calibrated(calibration)
-        figure = synthetic_defects_figure(ready, held_out, settings["synthetic"]["images"])
-        if figure:
-            write_figure(run, figure, pipeline.made_by(ready))
-    metrics = None
-    if test := [item.record for item in splits.of("test")]:
-        metrics = pipeline.evaluate(detector.calibrated(calibration), test, run, gallery=settings["report"]["images"])
+    images, gallery = settings["synthetic"]["images"], settings["report"]["images"]
+    finished = pipeline.measure(run, detector.calibrated(calibration), splits, images, gallery)
     write_json(run / RUN_FILE, about)
-    return Finished(calibration, metrics, figure)
+    return finished
 
 
 def name_classes(settings: Any, records: Iterable[Record]) -> None:

@@ -24,6 +24,8 @@ class ReconstructionTask(pl.LightningModule):
     start is the one that was never interrupted, on a CPU bit for bit.
     """
 
+    settled = True  # validation counts: for the best weights, for early stopping, for a sweep
+
     def __init__(
         self,
         model: nn.Module,
@@ -53,15 +55,23 @@ class ReconstructionTask(pl.LightningModule):
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
         return to_input(batch).contiguous(memory_format=self._format)  # they travel as uint8, a quarter of the bytes
 
-    def _loss(self, x: Tensor) -> Loss:
+    def _corrupted(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model is given, what it should expect (both (B, C, H, W)), and the mask."""
         with torch.autocast(x.device.type, enabled=False):  # whose coordinates 8 bits of mantissa would ruin
             given, target, mask = self.corruption(x)
         if self.standardise:  # by what the model is given, as when scoring
             light = Light.of(given)
             given, target = light.remove(given), light.remove(target)
-        output = self.model(given.contiguous(memory_format=self._format))
-        loss: Loss = self.objective(output, target, mask, self.global_step)
+        return given.contiguous(memory_format=self._format), target, mask
+
+    def _loss(self, x: Tensor) -> Loss:
+        given, target, mask = self._corrupted(x)
+        loss: Loss = self.objective(self.model(given), target, mask, self.global_step)
         return loss
+
+    def held_out(self, loss: Loss) -> Tensor:
+        """The part of a validation loss by which the best weights are chosen."""
+        return loss.total
 
     def shown(self, x: Tensor) -> Tensor:
         """Clean tiles as the model sees them."""
@@ -70,12 +80,15 @@ class ReconstructionTask(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
         self.log("train/loss", loss.total, prog_bar=True)
-        for name in ("reconstruction", "kl", "mask", "penalty"):
-            self.log(f"train/{name}", getattr(loss, name))
+        self._log_parts(loss)
         return loss.total
 
+    def _log_parts(self, loss: Loss) -> None:
+        for name in ("reconstruction", "kl", "mask", "penalty"):
+            self.log(f"train/{name}", getattr(loss, name))
+
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val/loss", self._loss(batch).total, prog_bar=True, sync_dist=True)
+        self.log("val/loss", self.held_out(self._loss(batch)), prog_bar=True, sync_dist=True)
         # What the score map will be made of, on clean input.
         shown = self.shown(batch)
         clean = self.objective.residual(shown, self.model(shown).expected)

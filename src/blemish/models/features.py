@@ -1,0 +1,126 @@
+"""What models share that look at features, such as those of a frozen network, instead of pixels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from blemish.errors import ConfigError, nearest_names
+from blemish.models.contracts import FeatureSource, Output
+from blemish.models.feature_cache import FeatureCache, cached
+
+PROJECTIONS = ("none", "random", "pca")
+_MOST_FOR_PCA = 100_000  # patches
+_MOST_VALUES = 2**24  # of what is read at once
+_LEAST = 0.01  # of the mean deviation: a feature in which normal tiles agree is not blown up further
+
+
+class FeatureModel(nn.Module, ABC):
+    """Base: observed and expected are grids of features (B, D, h, w), each feature in deviations from its mean.
+
+    Mean and standard deviation are those of normal tiles. Subclasses say what they learn of normal features, and what
+    they expect.
+
+    Args:
+        backbone: gives the features, such as a frozen network.
+        projection: to fewer features: none; random (Gaussian, which keeps distances, as Johnson and Lindenstrauss
+            have shown); or pca, the principal components of normal tiles.
+        dimensions: how many features are left; null where projection is none.
+        cache_gb: largest size of the temporary file of normal features, in GiB.
+        seed: of the projection, and of what is drawn while learning.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    whole_image = False
+    mean: Tensor
+    deviation: Tensor
+    projection: Tensor | None
+
+    def __init__(
+        self, backbone: FeatureSource, projection: str, dimensions: int | None, cache_gb: float, seed: int
+    ) -> None:
+        super().__init__()
+        if projection not in PROJECTIONS:
+            raise ConfigError(f"Unknown model.projection '{projection}': {nearest_names(projection, PROJECTIONS)}")
+        if projection == "none" and dimensions is not None:
+            raise ConfigError(f"model.dimensions={dimensions} needs model.projection=random or pca, found none.")
+        if projection != "none" and (not isinstance(dimensions, int) or not 1 <= dimensions <= backbone.features):
+            raise ConfigError(
+                f"Expected model.dimensions from 1 to the backbone's {backbone.features}, found {dimensions}."
+            )
+        if not cache_gb > 0:
+            raise ConfigError(f"Expected model.cache_gb > 0, found {cache_gb}.")
+        self.backbone = backbone
+        self.dimensions = dimensions or backbone.features
+        self.kind, self.cache_gb, self.seed = projection, cache_gb, seed
+        self.register_buffer("mean", torch.zeros(backbone.features))
+        self.register_buffer("deviation", torch.ones(backbone.features))
+        matrix = torch.eye(self.dimensions, backbone.features)
+        if projection == "random":
+            matrix = torch.randn(matrix.shape, generator=self.generator()) / self.dimensions**0.5
+        self.register_buffer("projection", None if projection == "none" else matrix)
+
+    def generator(self) -> torch.Generator:
+        """A new one, of the model's own seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
+        """As `Fittable`; features are kept in a temporary file of at most `cache_gb`."""
+        device = self.mean.device
+        with (
+            torch.autocast(device.type, enabled=False),
+            cached(self.backbone, batches, self.cache_gb, device) as cache,
+        ):
+            self.mean.copy_(cache.mean)
+            self.deviation.copy_(cache.deviation.clamp(min=_LEAST * float(cache.deviation.mean()) + 1e-12))
+            if self.kind == "pca":
+                self._learn_components(cache.sample(_MOST_FOR_PCA, self.generator()))
+            self.learn(cache)
+
+    def _learn_components(self, patches: Tensor) -> None:
+        assert self.projection is not None
+        apart = (patches.to(self.mean) - self.mean) / self.deviation
+        _, vectors = torch.linalg.eigh(apart.T.double() @ apart.double())
+        vectors = vectors.flip(1)[:, : self.dimensions].T
+        # A component's sign is nobody's choice: the largest entry is made positive.
+        signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
+        self.projection.copy_(vectors * signs)
+
+    def moments(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and covariance (D, D), float64, of all normal patches, as `prepared` gives them."""
+        d = self.dimensions
+        total = torch.zeros(d, dtype=torch.float64, device=self.mean.device)
+        products = torch.zeros(d, d, dtype=torch.float64, device=self.mean.device)
+        height, width = cache.values.shape[1:3]
+        step = max(1, _MOST_VALUES // (cache.tiles * len(self.mean)))
+        for first in tqdm(range(0, height * width, step), "covariance", unit="part", leave=False):
+            features = self.prepared(cache.places(first, first + step)).flatten(0, 1)
+            total += features.sum(dim=0, dtype=torch.float64)
+            products += features.T @ features
+        mean = total / cache.patches
+        return mean, products / cache.patches - mean[:, None] * mean
+
+    @abstractmethod
+    def learn(self, cache: FeatureCache) -> None:
+        """From normal tiles' features, which `prepared` brings to the form that `expect` sees."""
+
+    @abstractmethod
+    def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D, h, w) -> observed and expected, in the space in which they are compared."""
+
+    def prepared(self, features: Tensor) -> Tensor:
+        """What the backbone gives, features last (..., K), on any device -> in deviations, projected (..., D)."""
+        features = (features.to(self.mean) - self.mean) / self.deviation
+        return features if self.projection is None else features @ self.projection.T
+
+    def forward(self, x: Tensor) -> Output:
+        """(B, 1 or 3, H, W) in [0, 1] -> observed and expected (B, D, h, w)."""
+        with torch.autocast(x.device.type, enabled=False):
+            grid = self.backbone(x.float()).movedim(1, -1)
+            return Output(*self.expect(self.prepared(grid).movedim(-1, 1)))

