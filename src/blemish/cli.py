@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -351,15 +352,19 @@ def _at_fault(verb: str, words: Sequence[str], mistake: Exception) -> tuple[str,
 
 def _defaults(verb: str, words: Sequence[str]) -> dict[str, Any]:
     """The settings of a verb before any override but those that choose a group's option, without Hydra's help."""
+    chosen = {key: value.partition(",")[0] for key, _, value in (word.partition("=") for word in words)}
+    return _with_options(verb, tuple(f"{key}={value}" for key, value in chosen.items() if _is_option(key, value)))
+
+
+@cache  # a sweep asks for every run; nobody changes the answer
+def _with_options(verb: str, options: tuple[str, ...]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    chosen = {key: value.partition(",")[0] for key, _, value in (word.partition("=") for word in words)}
-    groups = [f"{key}={value}" for key, value in chosen.items() if _is_option(key, value)]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:
-            composed = compose(verb, groups)
+            composed = compose(verb, list(options))
         except HydraException:  # a group of another verb's: which word is at fault is found later
             composed = compose(verb)
     settings: Any = OmegaConf.to_container(composed, resolve=False)

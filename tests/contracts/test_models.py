@@ -30,7 +30,7 @@ every_model = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in ARGUMENTS]
 )
 halving_model = pytest.mark.parametrize("name", having("depth"))
-every_channels = pytest.mark.parametrize("channels", [1, 3])
+every_channels = pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.slow)])
 SIZE = 64
 RANDOM_BACKBONE = (
     "backbone.weights=none",

@@ -215,6 +215,7 @@ def test_the_slider_moves_every_decision(page):
     assert page["alpha-now"].text == "alpha = 0.05"
 
 
+@pytest.mark.slow
 def test_it_says_where_the_promise_stops(page):
     page.set("alpha", page.alphas().index(0.01))
     assert "No promise at alpha = 0.01: 99 needed, 63 available" in page["promise"].text

@@ -222,6 +222,7 @@ def test_a_run_whose_process_dies_is_a_failed_one(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_poor_runs_stop_early_in_processes_of_their_own():
     pytest.importorskip("optuna")
     run_sweep("out", LINE, **SEARCH, prune=True, jobs=2)

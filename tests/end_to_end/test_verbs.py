@@ -596,6 +596,7 @@ def test_check_agrees_with_train_on_the_promise(run_cli, normal_folder, tiny, tm
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_sweep_makes_a_run_per_combination_and_compare_a_table(run_cli, tiny_data, tiny, tmp_path):
     words = ["train", "--multirun", "model=conv_ae,vae", "residual=l1,ssim", "data=mvtec", f"data.root={tiny_data}"]
     result = run_cli([*words, "out=sweep", *tiny, "training.steps=2"])
@@ -661,6 +662,7 @@ def test_any_path_works_as_run_input_and_out(run_cli, tiny_run, tiny_data, tmp_p
     assert len(rows_of(tmp_path / f"{name}2")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_any_path_works_for_data(run_cli, tiny_data, tmp_path, name):
     shutil.copytree(tiny_data, tmp_path / name)

@@ -76,6 +76,7 @@ def test_interrupted_training_resumes_to_the_same_bits(spawn_cli, run_cli, tiny_
     assert read_checkpoint(run)["calibration"]["scores"] == read_checkpoint(whole)["calibration"]["scores"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [("model=ganomaly", "score=ganomaly"), ("model=adversarial_ae",)])
 def test_both_players_learn_also_on_corrupted_tiles(changes, run_cli, tiny_data, tiny, tmp_path, texture):
     run = tmp_path / "run"

@@ -65,6 +65,7 @@ def test_same_seed_gives_the_same_bits(train, tiny_run):
     assert read_checkpoint(again)["calibration"]["scores"] == read_checkpoint(tiny_run)["calibration"]["scores"]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights_and_parts(train, tiny_run):
     other = train("seed=1")
     ours, theirs = read_checkpoint(other)["state_dict"], read_checkpoint(tiny_run)["state_dict"]

@@ -81,6 +81,7 @@ def test_corruption_runs_in_full_precision_and_the_model_in_mixed(fitted, standa
     assert len(model.autocast) == 6 and all(model.autocast)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "choice",
