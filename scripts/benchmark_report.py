@@ -12,8 +12,8 @@ import numpy as np
 from tabulate import tabulate
 
 from blemish.files import write_text
-from rank_correlation import FIGURES as RANKED
-from rank_correlation import pairs, spearman
+from ranking import FIGURES as RANKED
+from ranking import pairs, spearman
 
 Result = Mapping[str, Any]
 FEWEST_RANKED = 5  # trainings; an interval of fewer would say nothing

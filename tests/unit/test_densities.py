@@ -14,7 +14,7 @@ from torch import nn
 from blemish.errors import ConfigError
 from blemish.models.colour_histogram import ColourHistogram
 from blemish.models.contracts import Fittable, Output
-from blemish.models.densities import in_parts
+from blemish.models.features import in_parts
 from blemish.models.isolation_forest import IsolationForest
 from blemish.models.kde import KernelDensity
 from blemish.models.one_class_svm import OneClassSVM
@@ -154,7 +154,7 @@ def test_parts_give_what_the_whole_gives(fitted, name, monkeypatch):
     def watched(function, places, width):
         return in_parts(lambda part: (asked.append(len(part) * width), function(part))[1], places, width)
 
-    monkeypatch.setattr("blemish.models.densities._MOST_VALUES", 5000)
+    monkeypatch.setattr("blemish.models.features._MOST_VALUES", 5000)
     for module in ("isolation_forest", "one_class_svm", "kde"):
         monkeypatch.setattr(f"blemish.models.{module}.in_parts", watched)
     torch.testing.assert_close(model.score_samples(patches), whole, rtol=1e-5, atol=1e-5)

@@ -228,7 +228,7 @@ def test_impossible_autoencoder_is_refused(change, sentence):
 
 @pytest.mark.parametrize("limit", [1, 1000, 2**24])
 def test_nearest_is_that_of_brute_force(monkeypatch, limit):
-    monkeypatch.setattr("blemish.models.nearest._MOST_DISTANCES", limit)
+    monkeypatch.setattr("blemish.models.features._MOST_VALUES", limit)
     rng = np.random.default_rng(0)
     queries, bank = rng.normal(size=(301, 7)), rng.normal(size=(97, 7))
     found = nearest(torch.from_numpy(queries).float(), torch.from_numpy(bank).float())
@@ -236,7 +236,7 @@ def test_nearest_is_that_of_brute_force(monkeypatch, limit):
 
 
 def test_memory_of_a_search_is_bounded(monkeypatch):
-    monkeypatch.setattr("blemish.models.nearest._MOST_DISTANCES", 500)
+    monkeypatch.setattr("blemish.models.features._MOST_VALUES", 500)
     asked, plain = [], torch.addmm
 
     def watched(lengths, part, bank, **keywords):

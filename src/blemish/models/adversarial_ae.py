@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blemish.models.arguments import check_positive
 from blemish.models.autoencoder import ConvAutoencoder
 from blemish.models.contracts import Judgement, Round
-from blemish.models.discriminator import check_weights, of_codes, parameters_beside
+from blemish.models.discriminator import of_codes, parameters_beside
 
 
 class AdversarialAutoencoder(ConvAutoencoder):
@@ -43,7 +44,7 @@ class AdversarialAutoencoder(ConvAutoencoder):
         tile_size: int | None = None,
     ) -> None:
         super().__init__(channels, width, depth, latent_dim, latent, normalisation, activation, tile_size)
-        check_weights(adversarial_weight=adversarial_weight, discriminator_rate=discriminator_rate)
+        check_positive(adversarial_weight=adversarial_weight, discriminator_rate=discriminator_rate)
         self.adversarial_weight, self.discriminator_rate = adversarial_weight, discriminator_rate
         self.discriminator = of_codes(latent_dim)
 

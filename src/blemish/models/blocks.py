@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError, nearest_names
+from blemish.models.arguments import check_counts
 
 NORMALISATIONS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
@@ -46,9 +47,7 @@ def check_architecture(channels: int, width: int, depth: int, latent_dim: int) -
     """Raise ConfigError where a model's numbers make no network."""
     if channels not in (1, 3):
         raise ConfigError(f"Expected model.channels 1 (grey) or 3 (colour), found {channels}.")
-    for name, value in (("width", width), ("depth", depth), ("latent_dim", latent_dim)):
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"Expected model.{name} to be a positive whole number, found {value}.")
+    check_counts(width=width, depth=depth, latent_dim=latent_dim)
     if depth > 8:
         raise ConfigError(f"Expected model.depth of at most 8 (tiles of 256 pixels and more), found {depth}.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from blemish.errors import ConfigError
+from blemish.models.arguments import check_counts
 from blemish.models.contracts import FeatureSource, Output
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
-
-_MOST_VALUES = 2**24  # held at once, 64 MiB
 
 
 class Density(FeatureModel):
@@ -96,22 +95,7 @@ class Density(FeatureModel):
         super()._load_from_state_dict(state, prefix, *rest)
 
 
-def in_parts(function: Callable[[Tensor], Tensor], places: Tensor, width: int) -> Tensor:
-    """function(places), (Q, D) -> (Q,), so many places at a time that memory stays bounded.
-
-    width: the values that it holds for each place.
-    """
-    return torch.cat([function(part) for part in torch.split(places, max(1, _MOST_VALUES // width))])
-
-
 def squared_distances(places: Tensor, points: Tensor) -> Tensor:
     """(Q, D), (N, D) -> (Q, N), Euclidean."""
     lengths = places.square().sum(dim=1, keepdim=True) + points.square().sum(dim=1)
     return torch.addmm(lengths, places, points.T, alpha=-2).clamp(min=0)  # rounding may leave less than nothing
-
-
-def check_counts(**numbers: object) -> None:
-    """Raise ConfigError if one of a model's numbers is no count."""
-    for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
-            raise ConfigError(f"Expected model.{name} to be a positive whole number, found {number}.")

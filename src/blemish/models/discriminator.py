@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blemish.errors import ConfigError
 from blemish.models.contracts import Judgement
 
 
@@ -96,10 +95,3 @@ def parameters_beside(model: nn.Module, discriminator: nn.Module) -> list[nn.Par
     """All parameters of the model but the discriminator's."""
     own = set(discriminator.parameters())
     return [parameter for parameter in model.parameters() if parameter not in own]
-
-
-def check_weights(**weights: float) -> None:
-    """Raise ConfigError if one of a model's weights or rates is not above 0."""
-    for name, weight in weights.items():
-        if not weight > 0:
-            raise ConfigError(f"Expected model.{name} > 0, found {weight}.")

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError
+from blemish.models.arguments import check_positive
 from blemish.models.autoencoder import ConvAutoencoder
 from blemish.models.blocks import check_tile, level_widths
 from blemish.models.contracts import Judgement, Output, Pair, Round
-from blemish.models.discriminator import check_weights, of_tiles
+from blemish.models.discriminator import of_tiles
 
 
 class FastAnoGan(ConvAutoencoder):
@@ -47,7 +48,7 @@ class FastAnoGan(ConvAutoencoder):
         tile_size: int | None = None,
     ) -> None:
         super().__init__(channels, width, depth, latent_dim, latent, normalisation, activation, tile_size)
-        check_weights(kappa=kappa, discriminator_rate=discriminator_rate)
+        check_positive(kappa=kappa, discriminator_rate=discriminator_rate)
         if not 0 < gan_share < 1:
             raise ConfigError(f"Expected model.gan_share between 0 and 1, found {gan_share}.")
         self.kappa, self.discriminator_rate = kappa, discriminator_rate

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from blemish.errors import ConfigError
+from blemish.models.arguments import check_counts, check_positive
 from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
@@ -48,14 +49,10 @@ class FeatureAutoencoder(FeatureModel):
     ) -> None:
         super().__init__(backbone, projection, dimensions, cache_gb, seed)
         width = self.dimensions if width is None else width
-        counts = {"latent_dim": latent_dim, "width": width, "kernel": kernel, "steps": steps, "batch_size": batch_size}
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"Expected model.{name} to be a positive whole number, found {value}.")
+        check_counts(latent_dim=latent_dim, width=width, kernel=kernel, steps=steps, batch_size=batch_size)
         if kernel % 2 == 0:
             raise ConfigError(f"Expected model.kernel to be odd, found {kernel}.")
-        if not learning_rate > 0:
-            raise ConfigError(f"Expected model.learning_rate > 0, found {learning_rate}.")
+        check_positive(learning_rate=learning_rate)
         self.kernel, self.steps, self.batch_size, self.learning_rate = kernel, steps, batch_size, learning_rate
 
         def layer(inputs: int, outputs: int, side: int) -> nn.Conv2d:

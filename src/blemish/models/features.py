@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from blemish.errors import ConfigError, nearest_names
+from blemish.models.arguments import check_positive
 from blemish.models.contracts import FeatureSource, Output
 from blemish.models.feature_cache import FeatureCache, cached
 
 PROJECTIONS = ("none", "random", "pca")
 _MOST_FOR_PCA = 100_000  # patches
-_MOST_VALUES = 2**24  # of what is read at once
+_MOST_VALUES = 2**24  # held at once, 64 MiB
 _LEAST = 0.01  # of the mean deviation: a feature in which normal tiles agree is not blown up further
 
 
@@ -54,8 +55,7 @@ class FeatureModel(nn.Module, ABC):
             raise ConfigError(
                 f"Expected model.dimensions from 1 to the backbone's {backbone.features}, found {dimensions}."
             )
-        if not cache_gb > 0:
-            raise ConfigError(f"Expected model.cache_gb > 0, found {cache_gb}.")
+        check_positive(cache_gb=cache_gb)
         self.backbone = backbone
         self.dimensions = dimensions or backbone.features
         self.kind, self.cache_gb, self.seed = projection, cache_gb, seed
@@ -124,3 +124,11 @@ class FeatureModel(nn.Module, ABC):
         with torch.autocast(x.device.type, enabled=False):
             grid = self.backbone(x.float()).movedim(1, -1)
             return Output(*self.expect(self.prepared(grid).movedim(-1, 1)))
+
+
+def in_parts(function: Callable[[Tensor], Tensor], places: Tensor, width: int) -> Tensor:
+    """function(places), (Q, D) -> (Q,), so many places at a time that memory stays bounded.
+
+    width: the values that it holds for each place.
+    """
+    return torch.cat([function(part) for part in torch.split(places, max(1, _MOST_VALUES // width))])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from blemish.models.arguments import check_positive
 from blemish.models.autoencoder import ConvAutoencoder
 from blemish.models.blocks import Encoder, IntoCode, level_widths
 from blemish.models.contracts import Judgement, Output, Pair, Round
-from blemish.models.discriminator import check_weights, of_tiles, parameters_beside
+from blemish.models.discriminator import of_tiles, parameters_beside
 
 
 class Ganomaly(ConvAutoencoder):
@@ -48,7 +49,7 @@ class Ganomaly(ConvAutoencoder):
         tile_size: int | None = None,
     ) -> None:
         super().__init__(channels, width, depth, latent_dim, latent, normalisation, activation, tile_size)
-        check_weights(
+        check_positive(
             adversarial_weight=adversarial_weight, code_weight=code_weight, discriminator_rate=discriminator_rate
         )
         self.adversarial_weight, self.code_weight = adversarial_weight, code_weight

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blemish.errors import ConfigError
+from blemish.models.arguments import check_positive
 from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
@@ -36,8 +37,7 @@ class _Whitened(FeatureModel):
         seed: int,
     ) -> None:
         super().__init__(backbone, projection, dimensions, cache_gb, seed)
-        if not shrinkage > 0:
-            raise ConfigError(f"Expected model.shrinkage > 0, found {shrinkage}.")
+        check_positive(shrinkage=shrinkage)
         self.shrinkage = shrinkage
         d = self.dimensions
         self.register_buffer("centre", torch.zeros(*places, d))

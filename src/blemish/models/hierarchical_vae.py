@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.errors import ConfigError
+from blemish.models.arguments import check_counts
 from blemish.models.blocks import Decoder, Encoder, check_architecture, check_tile, conv_block, level_widths
 from blemish.models.contracts import Gaussian, Latent, Output
 from blemish.models.vae import read_gaussian
@@ -49,8 +50,7 @@ class HierarchicalVariationalAutoencoder(nn.Module):
         check_architecture(channels, width, depth, latent_dim)
         if depth < 2:
             raise ConfigError(f"Expected model.depth of at least 2, one for each level of codes, found {depth}.")
-        if not isinstance(fine_dim, int) or fine_dim < 1:
-            raise ConfigError(f"Expected model.fine_dim to be a positive whole number, found {fine_dim}.")
+        check_counts(fine_dim=fine_dim)
         self.depth = depth
         style: Any = (normalisation, activation)
         fine, coarse = level_widths(width, depth)[-2:]

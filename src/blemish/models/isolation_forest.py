@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from blemish.errors import ConfigError
+from blemish.models.arguments import check_counts
 from blemish.models.contracts import FeatureSource
-from blemish.models.densities import Density, check_counts, in_parts
+from blemish.models.densities import Density
+from blemish.models.features import in_parts
 
 
 class IsolationForest(Density):

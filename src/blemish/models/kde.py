@@ -9,7 +9,8 @@ from torch import Tensor
 
 from blemish.errors import ConfigError
 from blemish.models.contracts import FeatureSource
-from blemish.models.densities import Density, in_parts, squared_distances
+from blemish.models.densities import Density, squared_distances
+from blemish.models.features import in_parts
 
 SCOTT = "scott"
 

@@ -7,13 +7,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blemish.errors import ConfigError, nearest_names
+from blemish.models.arguments import check_counts
 from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
-from blemish.models.features import FeatureModel
+from blemish.models.features import FeatureModel, in_parts
 
 CORESETS = ("greedy", "random")
 _SKETCH = 64
-_MOST_DISTANCES = 2**24  # held at once, 64 MiB
 
 
 class NearestFeature(FeatureModel):
@@ -48,9 +48,7 @@ class NearestFeature(FeatureModel):
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, projection, dimensions, cache_gb, seed)
-        for name, value in (("bank", bank), ("candidates", candidates)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"Expected model.{name} to be a positive whole number, found {value}.")
+        check_counts(bank=bank, candidates=candidates)
         if coreset not in CORESETS:
             raise ConfigError(f"Unknown model.coreset '{coreset}': {nearest_names(coreset, CORESETS)}")
         if coreset == "greedy" and candidates < bank:
@@ -87,10 +85,8 @@ def nearest(queries: Tensor, bank: Tensor) -> Tensor:
     but for that, either may be found.
     """
     lengths = bank.square().sum(dim=1)
-    rows = max(1, _MOST_DISTANCES // len(bank))
     # A query's own length is the same for all of the bank.
-    found = [torch.addmm(lengths, part, bank.T, alpha=-2).argmin(dim=1) for part in torch.split(queries, rows)]
-    return torch.cat(found)
+    return in_parts(lambda part: torch.addmm(lengths, part, bank.T, alpha=-2).argmin(dim=1), queries, len(bank))
 
 
 def greedy_coreset(points: Tensor, count: int) -> Tensor:

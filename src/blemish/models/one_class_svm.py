@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from blemish.errors import ConfigError, nearest_names
+from blemish.models.arguments import check_counts
 from blemish.models.contracts import FeatureSource
-from blemish.models.densities import Density, check_counts, in_parts, squared_distances
+from blemish.models.densities import Density, squared_distances
+from blemish.models.features import in_parts
 
 KERNELS = ("rbf", "nystroem", "linear")
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from blemish.alignment import Aligned, Alignment, warp
 from blemish.errors import ConfigError, nearest_names
+from blemish.models.arguments import check_counts
 from blemish.models.contracts import Output
 
 FloatArray = npt.NDArray[np.float32]
@@ -106,9 +107,7 @@ class TemplateBank(nn.Module):
                 )
             templates = len(classes)
         self._names = list(classes or ())
-        for name, value in (("size", size), ("templates", templates), ("tries", tries)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"Expected model.{name} to be a positive whole number, found {value}.")
+        check_counts(size=size, templates=templates, tries=tries)
         if statistic not in STATISTICS:
             raise ConfigError(f"Unknown model.statistic '{statistic}': {nearest_names(statistic, STATISTICS)}")
         try:

@@ -184,7 +184,7 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_trainer(trainer: Mapping[str, Any], model: nn.Module | None = None) -> None:
+def check_trainer(trainer: Mapping[str, Any], model: nn.Module) -> None:
     """Raise ConfigError if Lightning cannot work with these arguments on this machine, or not for this model."""
     _quieten()
     taken = sorted(_OWN_ARGUMENTS & trainer.keys())

@@ -125,7 +125,6 @@ class _Parts:
     @classmethod
     def build(cls, settings: Mapping[str, Any], splits: Splits) -> _Parts:
         training: TrainingSettings = build_section(TrainingSettings, settings, "training")
-        check_trainer(settings["trainer"])
         normalisation: NormalisationSettings = build_section(NormalisationSettings, settings, "normalisation")
         # Before the model is tried on a tile.
         preprocess: Preprocess = build_section(Preprocess, settings, "image")
