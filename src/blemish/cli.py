@@ -42,7 +42,7 @@ _POSITIONAL = {
     "diff": ("reference", "query"),
 }
 _PATHS = ("data.root", "out", "run", "runs", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
-_MAY_BE_NULL = ("training.patience", "image.short_side", "image.size")
+_MAY_BE_NULL = ("training.patience", "image.short_side", "image.size", "image.square")
 _HYDRA = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",

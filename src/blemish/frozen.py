@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,25 @@ class Frozen(Fingerprinted):
             self.register_buffer(key, tensor.detach().float().contiguous(), persistent=False)
 
 
+@runtime_checkable
+class Fusing(Protocol):
+    """A network that is faster, and equal but for rounding, once it need not train any more."""
+
+    def fuse(self) -> None:
+        """For good."""
+
+
 class FrozenNetwork(Fingerprinted):
     """A network that stays in evaluation mode and has no parameters: its weights become buffers.
 
     Args:
-        name: what it is, for messages. network: is changed, and kept.
+        name: what it is, for messages. network: is changed, and kept; one that can `fuse` its layers, does.
     """
 
     def __init__(self, name: str, network: nn.Module) -> None:
         super().__init__(name, network.state_dict())
+        if isinstance(network, Fusing):
+            network.fuse()
         for module in network.modules():
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 delattr(module, key)

@@ -21,17 +21,20 @@ class Preprocess:
         max_side: the same for the longer side.
         size: stretch or shrink every image to a square of this many pixels: parts that fill their picture then lie
             in the same place, whatever their size.
+        square: beside `short_side`: an image whose longer side is at most so many times the shorter becomes a square of
+            its shorter side, so that one tile shows it whole; at least 1.
 
     Shrinking averages areas.
 
     Raises:
-        ConfigError: `channels` is not 1 or 3, a size is not positive, or more than one is set.
+        ConfigError: `channels` is not 1 or 3, a size is not positive, or more than one is set; `square` is below 1.
     """
 
     channels: int
     max_side: int | None = None
     short_side: int | None = None
     size: int | None = None
+    square: float | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -42,6 +45,8 @@ class Preprocess:
                 raise ConfigError(f"Expected image.{name} to be a positive whole number or null, found '{value}'.")
         if len(given := [f"image.{name}={value}" for name, value in sizes.items() if value is not None]) > 1:
             raise ConfigError(f"Expected one way to size images, found {' and '.join(given)}: set all but one to null.")
+        if self.square is not None and not (isinstance(self.square, (int, float)) and self.square >= 1):
+            raise ConfigError(f"Expected image.square to be a number of at least 1, or null, found '{self.square}'.")
 
     def __call__(self, pixels: Pixels) -> Pixels:
         """(H, W, 1 or 3) -> (H', W', channels), same dtype."""
@@ -60,8 +65,11 @@ class Preprocess:
         """(height, width) after preprocessing."""
         if self.size is not None:
             return self.size, self.size
-        side, bound = (max, self.max_side) if self.max_side is not None else (min, self.short_side)
-        scale = 1.0 if bound is None else bound / side(height, width)
+        if self.square and self.short_side and max(height, width) <= self.square * min(height, width):
+            side = min(height, width, self.short_side)
+            return side, side
+        extreme, bound = (max, self.max_side) if self.max_side is not None else (min, self.short_side)
+        scale = 1.0 if bound is None else bound / extreme(height, width)
         if scale >= 1:
             return height, width
         return max(1, round(height * scale)), max(1, round(width * scale))

@@ -16,9 +16,12 @@ FEATURES = (
 )
 KINDS = {
     "feature_ae": ("model.steps=20", "model.batch_size=64"),
+    "feature_vae": ("model.steps=20", "model.batch_size=64"),
     "nearest": ("model.bank=200",),
     "gaussian": ("model.dimensions=8",),
     "global_gaussian": (),
+    "feature_repair": ("model.width=16", "model.dilations=[1]", "training.steps=20", "training.steps_per_epoch=10"),
+    "student": ("model.width=4", "training.steps=20", "training.steps_per_epoch=10"),
 }
 
 

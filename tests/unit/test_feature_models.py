@@ -206,7 +206,7 @@ def test_training_follows_from_the_seed_and_leaves_the_generator_alone():
 
 def test_parameters_of_the_default():
     model = FeatureAutoencoder(Lite0Backbone(weights="none"))
-    assert sum(parameter.numel() for parameter in model.autoencoder.parameters()) == 49_104
+    assert sum(parameter.numel() for parameter in model.parameters()) == 49_104
 
 
 @pytest.mark.parametrize(

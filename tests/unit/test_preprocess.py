@@ -40,6 +40,29 @@ def test_max_side_bounds_the_longer_side():
     assert Preprocess(1, max_side=30).scored_size(1, 90) == (1, 30)
 
 
+def test_a_square_below_one_is_refused():
+    with pytest.raises(ConfigError, match=r"image\.square to be a number of at least 1, or null, found '0\.5'"):
+        Preprocess(1, short_side=7, square=0.5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((300, 600), (30, 30)),
+        ((600, 300), (30, 30)),
+        ((300, 601), (30, 60)),
+        ((20, 35), (20, 20)),
+        ((20, 60), (20, 60)),
+        ((40, 40), (30, 30)),
+    ],
+)
+def test_images_that_are_nearly_square_become_squares_of_their_shorter_side(shape, expected):
+    assert Preprocess(1, short_side=30, square=2).scored_size(*shape) == expected
+    assert Preprocess(1, square=2).scored_size(*shape) == shape  # which keeps every size
+    pixels = np.zeros((*shape, 1), np.uint8)
+    assert Preprocess(1, short_side=30, square=2)(pixels).shape == (*expected, 1)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_size_makes_a_square_of_any_image(shape):
     assert Preprocess(1, size=30).scored_size(*shape) == (30, 30)

@@ -55,7 +55,7 @@ class Output(NamedTuple):
     observed, expected: (B, D, h, w); for models in pixel space D = C and h, w are the tile's.
     latents: the levels of the code's distribution, for models that have one.
     penalty: a scalar >= 0 that the model wants minimised beside the residual, for models that have one.
-    repaired: (B, 1, h, w) logits of the model's own belief that it repaired a pixel, for models that have one.
+    repaired: (B, 1, H, W) logits of the model's own belief that it repaired a pixel, for models that have one.
     valid: (B, 1, h, w) bool, False where there is nothing to compare with; None if there is something everywhere.
     spread: (B, 1, h, w) > 0, how much normal tiles differ from what is expected at each place, for models that know.
     evidence: (B, 1, h, w) >= 0, how unusual each place is, for models that judge without saying what they expect; these
@@ -94,6 +94,22 @@ class Encoding(Protocol):
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, H, W), as `forward` takes them -> what the bottleneck says: (B, D, h, w), or (B, D) of the tile."""
+
+
+@runtime_checkable
+class Observing(Protocol):
+    """A model that is trained to expect something else than pixels."""
+
+    def observe(self, x: Tensor) -> Tensor:
+        """Tiles (B, C, H, W) -> what `Output.expected` would ideally be for defect-free ones: (B, D, h, w)."""
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A model that looks at normal tiles once before the trainer trains it, and keeps what it learned in its state."""
+
+    def prepare(self, batches: Iterable[Tensor]) -> None:
+        """Tiles (B, C, H, W), as the model will see them; may be gone through several times."""
 
 
 @runtime_checkable
@@ -154,6 +170,11 @@ class Adversarial(Protocol):
 
     def persuasion(self, real: Judgement, fake: Judgement) -> Tensor:
         """What all but the discriminator minimise beside the objective: a scalar, weighted."""
+
+
+def observed_by(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model is trained to expect of defect-free tiles: pixels, unless it is `Observing`."""
+    return model.observe(x) if isinstance(model, Observing) else x
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 _STAGES = (  # blocks, kernel, stride, expansion, channels
     (1, 3, 1, 1, 16),
@@ -33,17 +34,26 @@ class _Layer(nn.Module):
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, linear: bool = False
     ) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+        before = (kernel - stride) // 2
+        after = kernel - stride - before
+        self.uneven = None if before == after else (before, after) * 2  # no convolution pads so by itself
+        self.convolution = nn.Conv2d(
+            inputs, outputs, kernel, stride, 0 if self.uneven else before, groups=groups, bias=False
+        )
         # So that features keep their size in a network of random weights, too.
         nn.init.kaiming_normal_(self.convolution.weight, nonlinearity="linear" if linear else "relu")
-        self.normalisation = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.normalisation: nn.Module = nn.BatchNorm2d(outputs, eps=1e-3)
         self.linear = linear
-        before = (kernel - stride) // 2
-        self.padding = (before, kernel - stride - before) * 2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.normalisation(self.convolution(F.pad(x, self.padding)))
-        return x if self.linear else F.relu6(x)
+        x = self.normalisation(self.convolution(F.pad(x, self.uneven) if self.uneven else x))
+        return x if self.linear else F.relu6(x, inplace=True)
+
+    def fuse(self) -> None:
+        """Let the convolution normalise, too; for evaluation."""
+        assert isinstance(self.normalisation, nn.BatchNorm2d)
+        self.convolution = fuse_conv_bn_eval(self.convolution.eval(), self.normalisation.eval())
+        self.normalisation = nn.Identity()
 
 
 class _Block(nn.Module):
@@ -91,6 +101,12 @@ class EfficientNetLite0(nn.Module):
             x = block(x)
             grids.append(x)
         return grids
+
+    def fuse(self) -> None:
+        """Join convolutions and normalisations: half the time in evaluation, equal but for rounding."""
+        for module in self.modules():
+            if isinstance(module, _Layer):
+                module.fuse()
 
 
 def from_package(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ class FeatureAutoencoder(FeatureModel):
         ConfigError: an argument is out of range.
     """
 
+    numbers_per_latent = 1
+
     def __init__(
         self,
         backbone: FeatureSource,
@@ -58,10 +60,12 @@ class FeatureAutoencoder(FeatureModel):
         def layer(inputs: int, outputs: int, side: int) -> nn.Conv2d:
             return nn.Conv2d(inputs, outputs, side, padding="same", padding_mode="replicate")
 
-        self.autoencoder = nn.Sequential(
+        self.encoder = nn.Sequential(
             layer(self.dimensions, width, kernel),
             nn.SiLU(),
-            layer(width, latent_dim, 1),
+            layer(width, latent_dim * self.numbers_per_latent, 1),
+        )
+        self.decoder = nn.Sequential(
             layer(latent_dim, width, 1),
             nn.SiLU(),
             layer(width, self.dimensions, kernel),
@@ -69,14 +73,14 @@ class FeatureAutoencoder(FeatureModel):
 
     def learn(self, cache: FeatureCache) -> None:
         generator = self.generator()
-        optimizer = torch.optim.Adam(self.autoencoder.parameters(), self.learning_rate)
+        parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
+        optimizer = torch.optim.Adam(parameters, self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         with torch.enable_grad(), tqdm(range(self.steps), "autoencoder", unit="step", leave=False) as bar:
             for _ in bar:
-                x = self._batch(cache, generator)
-                loss = (self.autoencoder(x) - x).square().mean()
+                loss = self.loss(self._batch(cache, generator), generator)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -88,5 +92,11 @@ class FeatureAutoencoder(FeatureModel):
         windows = cache.windows(max(1, self.batch_size // _SIDE**2), _SIDE, generator)
         return self.prepared(windows.movedim(1, -1)).movedim(-1, 1)
 
+    def loss(self, observed: Tensor, generator: torch.Generator) -> Tensor:
+        """What is minimised: a scalar. Features (B, D, h, w); the generator, on the CPU, is for what is drawn."""
+        _, expected = self.expect(observed)
+        loss: Tensor = (expected - observed).square().mean()
+        return loss
+
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
-        return observed, self.autoencoder(observed)
+        return observed, self.decoder(self.encoder(observed))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,8 @@ _MOST_VALUES = 2**24  # held at once, 64 MiB
 _LEAST = 0.01  # of the mean deviation: a feature in which normal tiles agree is not blown up further
 
 
-class FeatureModel(nn.Module, ABC):
-    """Base: observed and expected are grids of features (B, D, h, w), each feature in deviations from its mean.
-
-    Mean and standard deviation are those of normal tiles. Subclasses say what they learn of normal features, and what
-    they expect.
+class FeatureSpace(nn.Module):
+    """Base: what is observed is a grid of features (B, D, h, w), each in deviations from its mean over normal tiles.
 
     Args:
         backbone: gives the features, such as a frozen network.
@@ -38,7 +36,6 @@ class FeatureModel(nn.Module, ABC):
         ConfigError: an argument is out of range.
     """
 
-    whole_image = False
     mean: Tensor
     deviation: Tensor
     projection: Tensor | None
@@ -70,8 +67,9 @@ class FeatureModel(nn.Module, ABC):
         """A new one, of the model's own seed."""
         return torch.Generator().manual_seed(self.seed)
 
-    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
-        """As `Fittable`; features are kept in a temporary file of at most `cache_gb`."""
+    @contextmanager
+    def normal(self, batches: Iterable[Tensor]) -> Iterator[FeatureCache]:
+        """The features of normal tiles, in a temporary file of at most `cache_gb`; mean and deviation are learned."""
         device = self.mean.device
         with (
             torch.autocast(device.type, enabled=False),
@@ -81,7 +79,21 @@ class FeatureModel(nn.Module, ABC):
             self.deviation.copy_(cache.deviation.clamp(min=_LEAST * float(cache.deviation.mean()) + 1e-12))
             if self.kind == "pca":
                 self._learn_components(cache.sample(_MOST_FOR_PCA, self.generator()))
-            self.learn(cache)
+            yield cache
+
+    def observe(self, x: Tensor) -> Tensor:
+        """Tiles (B, 1 or 3, H, W) in [0, 1] -> (B, D, h, w), float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.look(x)
+
+    def look(self, x: Tensor) -> Tensor:
+        """The same in whatever precision autocast asks for."""
+        return self.prepared(self.backbone(x.float()).movedim(1, -1)).movedim(-1, 1)
+
+    def prepared(self, features: Tensor) -> Tensor:
+        """What the backbone gives, features last (..., K), on any device -> in deviations, projected (..., D)."""
+        features = (features.to(self.mean) - self.mean) / self.deviation
+        return features if self.projection is None else features @ self.projection.T
 
     def _learn_components(self, patches: Tensor) -> None:
         assert self.projection is not None
@@ -91,6 +103,20 @@ class FeatureModel(nn.Module, ABC):
         # A component's sign is nobody's choice: the largest entry is made positive.
         signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
         self.projection.copy_(vectors * signs)
+
+
+class FeatureModel(FeatureSpace, ABC):
+    """Base of those that learn by themselves: subclasses say what they learn of normal features, and what they expect.
+
+    Args, Raises: those of `FeatureSpace`.
+    """
+
+    whole_image = False
+
+    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
+        """As `Fittable`."""
+        with self.normal(batches) as cache:
+            self.learn(cache)
 
     def moments(self, cache: FeatureCache) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D), float64, of all normal patches, as `prepared` gives them."""
@@ -114,16 +140,10 @@ class FeatureModel(nn.Module, ABC):
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, D, h, w) -> observed and expected, in the space in which they are compared."""
 
-    def prepared(self, features: Tensor) -> Tensor:
-        """What the backbone gives, features last (..., K), on any device -> in deviations, projected (..., D)."""
-        features = (features.to(self.mean) - self.mean) / self.deviation
-        return features if self.projection is None else features @ self.projection.T
-
     def forward(self, x: Tensor) -> Output:
         """(B, 1 or 3, H, W) in [0, 1] -> observed and expected (B, D, h, w)."""
         with torch.autocast(x.device.type, enabled=False):
-            grid = self.backbone(x.float()).movedim(1, -1)
-            return Output(*self.expect(self.prepared(grid).movedim(-1, 1)))
+            return Output(*self.expect(self.observe(x)))
 
 
 def in_parts(function: Callable[[Tensor], Tensor], places: Tensor, width: int) -> Tensor:

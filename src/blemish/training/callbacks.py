@@ -41,7 +41,7 @@ class Patience(_OnceSettled, EarlyStopping):
 
 
 class Panel(pl.Callback):
-    """Every few epochs, a picture of validation tiles in three rows: input, expected, score map.
+    """Every few epochs, a picture of validation tiles in rows: input, expected if that is pixels, score map.
 
     The score map's scale is fixed by the first panel of a process (white is twice its largest value), so that
     pictures of different epochs can be compared.
@@ -71,7 +71,8 @@ class Panel(pl.Callback):
         score_map = self._score(pl_module.model, observed)
         if self._white is None:
             self._white = max(2 * float(score_map.max()), 1e-6)
-        rows = [observed, expected, (score_map / self._white).expand_as(observed)]
+        rows = [observed, *([expected] if expected.shape == observed.shape else [])]
+        rows.append((score_map / self._white).expand_as(observed))
         picture = make_grid(torch.cat(rows).float().clamp(0, 1), nrow=len(observed))
         logger.experiment.add_image("panel/input_expected_score", picture, trainer.global_step)
 

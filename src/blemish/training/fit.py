@@ -242,5 +242,6 @@ def _quieten() -> None:
         ".*Checkpoint directory.*exists.*",
         ".*have overridden `on_after_batch_transfer`.*",
         ".*LeafSpec.*is deprecated.*",
+        ".*in eval mode at the start of training.*",  # the frozen network of a feature space
     ):
         warnings.filterwarnings("ignore", text)

@@ -77,9 +77,12 @@ class ReconstructionObjective(nn.Module):
         self.beta, self.warmup_steps, self.free_bits = beta, warmup_steps, free_bits
 
     def forward(self, output: Output, target: Tensor, mask: Tensor, step: int) -> Loss:
-        """`target`: the clean tiles (B, C, H, W); `mask`: (B, 1, H, W), 1 where corrupted; `step`: steps done."""
-        weight = 1 + (self.corrupted_weight - 1) * mask
-        reconstruction = (weight * self.residual(target, output.expected)).mean() / weight.mean().clamp(min=1e-6)
+        """`target`: the clean tiles, or their features, (B, D, h, w); `mask`: (B, 1, H, W), 1 where corrupted; `step`:
+        steps done."""
+        residual = self.residual(target, output.expected)
+        share = F.adaptive_avg_pool2d(mask, residual.shape[-2:])  # of each place of a grid that is corrupted
+        weight = 1 + (self.corrupted_weight - 1) * share
+        reconstruction = (weight * residual).mean() / weight.mean().clamp(min=1e-6)
         nothing = reconstruction.new_zeros(())
         kl = nothing
         for latent in output.latents:

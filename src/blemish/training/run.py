@@ -25,7 +25,7 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
-from blemish.models.contracts import Fittable, classes_of
+from blemish.models.contracts import Fittable, Preparing, classes_of
 from blemish.normalisation import NormalisationSettings
 from blemish.pipeline import Finished
 from blemish.preprocess import Preprocess
@@ -161,9 +161,19 @@ class _Parts:
     def learn(self) -> nn.Module:
         """What takes the place of the trainer for a model that learns by itself."""
         assert isinstance(self.model, Fittable)
-        normal = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
+        normal = self._normal()
         self.model.fit(_Again(lambda: self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
         return self.model
+
+    def prepare(self) -> None:
+        """What comes before the trainer, for a model that asks for it."""
+        if isinstance(self.model, Preparing):
+            normal = self._normal()
+            self.model.prepare(_Again(lambda: self.shown(normal, "cpu")))
+
+    def _normal(self) -> ValidationTiles:
+        """Training tiles in fixed places."""
+        return ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
 
     def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
         """Batches of normal tiles (B, C, t, t) as model and score see them."""
@@ -207,7 +217,7 @@ def _check_normalisation(
         if item.record.split != "test":
             info = probe(item.record.path)
             first = first or (item.record.path, info.width, info.height)
-            if (info.width, info.height) != first[1:]:
+            if preprocess.scored_size(info.height, info.width) != preprocess.scored_size(first[2], first[1]):
                 raise DataError(
                     f"Spatial normalisation expects aligned images of equal size, found {first[0]} with {first[1]} x "
                     f"{first[2]} and {item.record.path} with {info.width} x {info.height} pixels: set "
@@ -237,6 +247,7 @@ def _go_on(
             if by_itself:
                 model = parts.learn()
             else:
+                parts.prepare()
                 model = fit(
                     run,
                     parts.tiles,

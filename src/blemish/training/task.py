@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import to_input
+from blemish.models.contracts import observed_by
 from blemish.standardise import Light, standardised
 from blemish.training.objectives import Loss, ReconstructionObjective
 
@@ -66,7 +67,7 @@ class ReconstructionTask(pl.LightningModule):
 
     def _loss(self, x: Tensor) -> Loss:
         given, target, mask = self._corrupted(x)
-        loss: Loss = self.objective(self.model(given), target, mask, self.global_step)
+        loss: Loss = self.objective(self.model(given), observed_by(self.model, target), mask, self.global_step)
         return loss
 
     def held_out(self, loss: Loss) -> Tensor:
@@ -91,7 +92,7 @@ class ReconstructionTask(pl.LightningModule):
         self.log("val/loss", self.held_out(self._loss(batch)), prog_bar=True, sync_dist=True)
         # What the score map will be made of, on clean input.
         shown = self.shown(batch)
-        clean = self.objective.residual(shown, self.model(shown).expected)
+        clean = self.objective.residual(observed_by(self.model, shown), self.model(shown).expected)
         self.log("val/score", clean.amax(dim=(1, 2, 3)).mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:

@@ -1,0 +1,145 @@
+"""Models that see a corrupted tile and are trained to expect the features of the clean one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blemish.models.arguments import check_counts
+from blemish.models.blocks import Encoder, check_architecture, check_tile, conv_block, dilated_blocks, level_widths
+from blemish.models.contracts import FeatureSource, Output
+from blemish.models.features import FeatureSpace
+
+
+class TrainedInFeatureSpace(FeatureSpace):
+    """Base: the trainer trains it towards frozen features, whose mean and deviation are learned before."""
+
+    def prepare(self, batches: Iterable[Tensor]) -> None:
+        """As `Preparing`."""
+        with self.normal(batches):
+            pass
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> Tensor:
+        """As `FeatureSpace`, but no gradient passes, and in training half precision will do: it halves the time."""
+        return self.look(x) if self.training else super().observe(x)
+
+
+class FeatureRepair(TrainedInFeatureSpace):
+    """Repairs features: from those of a corrupted tile to those of the clean one, and tells where it repaired.
+
+    The repair of pixels (Bauer et al., arXiv 2206.11723; DRAEM, ICCV 2021) brought to features of a frozen network,
+    as in You et al., A unified model for multi-class anomaly detection, NeurIPS 2022, and Zhang et al., DeSTSeg,
+    arXiv 2211.11317, which segments from the difference of features. Dilated residual blocks at the grid's own
+    resolution; the mask head sees what was observed, and how it differs from what is expected.
+
+    Args:
+        backbone, projection, dimensions, cache_gb, seed: those of `FeatureSpace`.
+        width: channels of the blocks. dilations: of the blocks, one each.
+        mask_head: also predict where the tile was repaired.
+        normalisation: batch, instance, group or none. activation: silu, relu, leaky_relu or gelu.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: FeatureSource,
+        width: int = 128,
+        dilations: Sequence[int] = (1, 2, 4, 1, 2, 4),
+        mask_head: bool = True,
+        normalisation: str = "batch",
+        activation: str = "silu",
+        projection: str = "none",
+        dimensions: int | None = None,
+        cache_gb: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, projection, dimensions, cache_gb, seed)
+        check_counts(width=width)
+        style = (normalisation, activation)
+        self.repair = nn.Sequential(
+            nn.Conv2d(self.dimensions, width, 1),
+            dilated_blocks(width, dilations, *style),
+            nn.Conv2d(width, self.dimensions, 1),
+        )
+        self.mask: nn.Sequential | None = None
+        if mask_head:
+            last = nn.Conv2d(width, 4, 3, padding=1)
+            assert last.bias is not None
+            nn.init.constant_(last.bias, -3.0)  # few pixels are corrupted
+            self.mask = nn.Sequential(
+                conv_block(3 * self.dimensions, width, 1, *style),
+                conv_block(width, width, 1, *style),
+                last,
+                nn.PixelShuffle(2),
+            )
+
+    def forward(self, x: Tensor) -> Output:
+        """(B, 1 or 3, H, W) in [0, 1] -> observed and expected (B, D, h, w), and the repaired logits (B, 1, H, W)."""
+        observed = self.observe(x)
+        expected: Tensor = self.repair(observed)
+        if self.mask is None:
+            return Output(observed, expected)
+        # The mask must not make what is expected worse: no gradient from one to the other.
+        difference = (observed - expected).detach()
+        logits = self.mask(torch.cat([observed, difference, difference.abs()], 1))
+        repaired = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
+        return Output(observed, expected, repaired=repaired)
+
+
+class Student(TrainedInFeatureSpace):
+    """Learns from pixels what a frozen network, the teacher, says of normal tiles; of others it knows nothing.
+
+    Source: Bergmann et al., Uninformed students, CVPR 2020; Wang et al., Student-teacher feature pyramid matching,
+    arXiv 2103.04257. Where its input is corrupted in training it learns to expect the clean tile's features.
+
+    Args:
+        backbone, projection, dimensions, cache_gb, seed: those of `FeatureSpace`.
+        channels: 1 (grey) or 3 (colour).
+        width: channels of the first level; they double per level, up to 8 times.
+        depth: number of halvings; tile sides must be multiples of 2^depth.
+        dilations: of the residual blocks after them, one each.
+        normalisation: batch, instance, group or none. activation: silu, relu, leaky_relu or gelu.
+
+    Raises:
+        ConfigError: an argument is out of range, or (in `forward`) the tile's sides do not fit the depth.
+    """
+
+    def __init__(
+        self,
+        backbone: FeatureSource,
+        channels: int = 1,
+        width: int = 32,
+        depth: int = 3,
+        dilations: Sequence[int] = (1, 2, 4),
+        normalisation: str = "batch",
+        activation: str = "silu",
+        projection: str = "none",
+        dimensions: int | None = None,
+        cache_gb: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, projection, dimensions, cache_gb, seed)
+        check_architecture(channels, width, depth, 1)
+        self.depth = depth
+        style = (normalisation, activation)
+        last = level_widths(width, depth)[-1]
+        self.student = nn.Sequential(
+            Encoder(channels, width, depth, *style),
+            dilated_blocks(last, dilations, *style),
+            nn.Conv2d(last, self.dimensions, 1),
+        )
+
+    def forward(self, x: Tensor) -> Output:
+        """(B, C, H, W) in [0, 1] -> observed and expected (B, D, h, w)."""
+        check_tile(x.shape[-2], x.shape[-1], self.depth)
+        observed = self.observe(x)
+        expected = self.student(x)
+        if expected.shape != observed.shape:
+            expected = F.interpolate(expected, observed.shape[-2:], mode="bilinear", align_corners=False)
+        return Output(observed, expected)

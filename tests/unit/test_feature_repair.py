@@ -1,0 +1,115 @@
+"""Models that see a corrupted tile and are trained to expect the clean one's features."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from blemish.data.corruption import Structured
+from blemish.models.contracts import Fittable, Observing, Output, Preparing
+from blemish.models.feature_repair import FeatureRepair, Student
+from blemish.residuals import L2
+from blemish.training.objectives import ReconstructionObjective
+from blemish.training.task import ReconstructionTask
+
+SIZE = 32
+
+
+class Coarse(nn.Module):
+    """Mean and spread of 4 x 4 pixels."""
+
+    features = 2
+
+    def forward(self, x):
+        x = x.mean(dim=1, keepdim=True)
+        mean = F.avg_pool2d(x, 4)
+        return torch.cat([mean, F.avg_pool2d(x.square(), 4) - mean.square()], 1)
+
+
+def tiles(count=16, seed=0):
+    """Upright waves (N, 1, 32, 32), each with a phase of its own."""
+    phase = 6.3 * torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+    wave = 0.5 + 0.4 * torch.sin(torch.arange(SIZE) / 3 + phase)
+    return wave.expand(count, 1, SIZE, SIZE).contiguous()
+
+
+def prepared(kind, **arguments):
+    torch.manual_seed(0)
+    model = kind(Coarse(), width=16, **arguments)
+    model.prepare(tiles().split(5))
+    return model
+
+
+def trained(model, steps=80):
+    corruption = Structured(probability=1.0)
+    task = ReconstructionTask(model.train(), ReconstructionObjective(L2()), corruption, 0.01, 0.0, steps, 0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    for step in range(steps):
+        optimizer.zero_grad()
+        task._loss(tiles(8, step)).total.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [FeatureRepair, Student])
+def test_they_are_trained_by_the_trainer_towards_prepared_features(kind):
+    model = prepared(kind)
+    assert isinstance(model, Observing) and isinstance(model, Preparing) and not isinstance(model, Fittable)
+    normal = model.observe(tiles())
+    torch.testing.assert_close(normal.mean(dim=(0, 2, 3)), torch.zeros(2), atol=1e-2, rtol=0)
+    torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(2), atol=1e-2, rtol=0)
+    x = tiles(2, 5).requires_grad_()
+    assert torch.equal(model(x).observed, model.observe(x)) and not model.observe(x).requires_grad
+
+
+def test_the_target_is_what_the_clean_tile_shows_whatever_was_given():
+    model, asked = prepared(FeatureRepair), []
+
+    class Watching(ReconstructionObjective):
+        def forward(self, output, target, mask, step):
+            asked.append((output, target, mask))
+            return super().forward(output, target, mask, step)
+
+    task = ReconstructionTask(model.train(), Watching(L2()), Structured(probability=1.0), 0.01, 0.0, 10, 0)
+    task._loss(tiles(4))
+    ((output, target, mask),) = asked
+    torch.testing.assert_close(target, model.observe(tiles(4)))
+    assert not torch.equal(output.observed, target) and output.repaired.shape == mask.shape == (4, 1, SIZE, SIZE)
+
+
+def test_repair_tells_where_it_repaired():
+    model, clean = trained(prepared(FeatureRepair)), tiles(12, 99)
+    given = clean.clone()
+    given[:, :, 12:20, 8:16] = 0.5
+    with torch.no_grad():
+        output = model(given)
+        inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        inside[12:20, 8:16] = True
+        belief = output.repaired[:, 0].sigmoid()
+        assert belief[:, inside].mean() > 4 * belief[:, ~inside].mean()
+        wanted = model.observe(clean)
+        grid = F.max_pool2d(inside.float()[None, None], 4)[0, 0] > 0
+        before = (output.observed - wanted).square().mean(dim=1)[:, grid].mean()
+        after = (output.expected - wanted).square().mean(dim=1)[:, grid].mean()
+        assert after < 0.3 * before
+
+
+def test_student_knows_normal_tiles_and_no_others():
+    model = trained(prepared(Student, depth=2), 150)
+    with torch.no_grad():
+        normal, upset = (L2()(*model(x)[:2]).mean() for x in (tiles(8, 99), tiles(8, 99).mT.contiguous()))
+    assert upset > 3 * normal
+
+
+def test_the_mask_head_can_be_left_out():
+    output = prepared(FeatureRepair, mask_head=False)(tiles(2))
+    assert type(output) is Output and output.repaired is None
+
+
+def test_corrupted_places_of_a_grid_weigh_by_their_share():
+    expected = torch.zeros(1, 1, 2, 2)
+    target = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[None, None]
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4, :2] = 1  # half of the first place
+    loss = ReconstructionObjective(L2(), corrupted_weight=5.0)(Output(expected, expected), target, mask, 0)
+    assert loss.total.item() == pytest.approx((3 * 1 + 4 + 9 + 16) / (3 + 1 + 1 + 1))
