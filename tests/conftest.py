@@ -29,6 +29,7 @@ TINY = (
     "training.steps=4",
     "training.steps_per_epoch=2",
     "training.batch_size=4",
+    "image.square=null",  # nothing is resized
     "tiling.size=32",
     "tiling.standardise=false",
     "model.width=4",

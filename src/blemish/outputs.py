@@ -44,13 +44,17 @@ _IMAGE_DESCRIPTION = 270  # the TIFF tag
 
 @dataclass(frozen=True)
 class Scored:
-    """One input image with its prediction, or with the sentence that says why there is none."""
+    """One input image with its prediction, or with the sentence that says why there is none.
+
+    `expected`: as in `ScoredImage`.
+    """
 
     path: Path
     pixels: Pixels | None
     prediction: Prediction | None
     seconds: float
     error: str = ""
+    expected: FloatArray | None = None
 
 
 def unique_stems(names: Sequence[Path]) -> list[Path]:

@@ -36,7 +36,7 @@ from blemish.noise import NoiseEstimator
 from blemish.normalisation import MapRecorder, NormalisationSettings, SpatialNormalisation
 from blemish.outputs import PredictionFiles, Scored, unique_stems
 from blemish.report.folder import interest
-from blemish.report.gallery import Shown, write_gallery
+from blemish.report.gallery import Drawn, Shown, draw, draws_at_once, write_gallery
 from blemish.scoring import PIXELS_AHEAD, ScoredFile, score_files
 from blemish.streaming import map_ahead
 
@@ -229,7 +229,9 @@ def evaluate(
     if not test:
         raise DataError("There are no test images: evaluation needs a test part (data=mvtec or data=manifest).")
     evaluation, rows, unreadable = Evaluation(), [], []
-    maps = score_files(detector, [record.path for record in test])
+    paths = [record.path for record in test]
+    at_once, drawn = draws_at_once(paths, gallery), dict[Path, Drawn]()
+    maps = score_files(detector, paths, explain=at_once)
     with tqdm(total=len(test), desc="evaluating", unit="image", disable=not progress, leave=False) as bar:
         for record, scored in zip(test, maps, strict=True):
             bar.update()
@@ -237,6 +239,8 @@ def evaluate(
             row: dict[str, Any] = {"path": str(record.path), "kind": record.kind}
             if scored.score_map is not None:
                 prediction = detector.decide(scored.score_map, scored.label)
+                if at_once and scored.pixels is not None:
+                    drawn[record.path] = draw(scored.pixels, prediction, scored.expected)
                 try:
                     truth = read_mask(record.mask, scored.score_map.shape) if record.mask else None
                     evaluation.add(record.kind, prediction, truth)
@@ -259,7 +263,7 @@ def evaluate(
     write_json(out / "metrics.json", metrics)
     write_json(out / CARD_FILE, detector.card.to_dict())
     shown = [Shown(record.path, record.mask) for record in _worth_showing(test, rows)[:gallery]]
-    write_gallery(out / GALLERY_FILE, detector, shown, progress)
+    write_gallery(out / GALLERY_FILE, detector, shown, progress, drawn)
     return metrics
 
 
@@ -357,16 +361,19 @@ def predict(
             f"{out} holds unfinished predictions of other images: choose another out=, or set overwrite=true."
         )
     todo = [path for path, _ in pairs if str(path) not in done]
+    at_once, drawn = draws_at_once(todo, gallery - len(done)), dict[Path, Drawn]()
 
     def scored() -> Iterator[Scored]:
-        for item in score_files(detector, todo):
+        for item in score_files(detector, todo, explain=at_once):
             prediction = None if item.score_map is None else detector.decide(item.score_map, item.label)
-            yield Scored(item.path, item.pixels, prediction, item.seconds, item.error)
+            yield Scored(item.path, item.pixels, prediction, item.seconds, item.error, item.expected)
 
     def area(item: Scored) -> float:
         return 0 if item.pixels is None else item.pixels.shape[0] * item.pixels.shape[1]
 
     def write(item: Scored) -> dict[str, Any]:
+        if at_once and item.pixels is not None and item.prediction is not None:
+            drawn[item.path] = draw(item.pixels, item.prediction, item.expected)
         return files.write_images(item, stems[item.path])
 
     def shown(row: Mapping[str, Any]) -> Shown:
@@ -383,7 +390,7 @@ def predict(
         else:
             ranked.append((-row["image_score"], row["path"], shown(row)))
     worst = [one for _, _, one in heapq.nsmallest(gallery, ranked)]
-    write_gallery(out / GALLERY_FILE, detector, worst, progress)
+    write_gallery(out / GALLERY_FILE, detector, worst, progress, drawn)
     discoveries = files.finish(fdr)
     return PredictSummary(len(before) + len(todo), anomalous, errors, len(before), discoveries)
 

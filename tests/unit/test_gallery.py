@@ -16,7 +16,7 @@ from blemish.data.images import read_pixels
 from blemish.data.records import Record
 from blemish.detector import TileDetector
 from blemish.pictures import colour
-from blemish.pipeline import evaluate
+from blemish.pipeline import evaluate, predict
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
 from blemish.report import gallery
@@ -184,6 +184,32 @@ def test_evaluation_shows_missed_defects_then_false_alarms_then_the_rest(tmp_pat
     with (tmp_path / "out/evaluation.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(records)
     assert json.loads((tmp_path / "out/card.json").read_text()) == judge(Explainer()).card.to_dict()
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("most", [0, 2, 3])
+def test_no_image_is_scored_twice_where_all_are_shown(tmp_path, save, monkeypatch, most, large):
+    class Counting(Explainer):
+        tiles = 0
+
+        def __call__(self, tiles):
+            self.tiles += len(tiles)
+            return super().__call__(tiles)
+
+    monkeypatch.setattr(gallery, "_LARGE", 1000 if large else 2**22)
+    for number in range(3):
+        save(tmp_path / f"in/{number}.png", grey(60 * number))
+    once, shown = (0 if most < 3 or large else 3), min(most, 3)
+    records = [Record(path, "good", None, "test") for path in sorted((tmp_path / "in").iterdir())]
+    for name, run in (
+        ("evaluated", lambda detector, out: evaluate(detector, records, out, gallery=most, progress=False)),
+        ("predicted", lambda detector, out: predict(detector, tmp_path / "in", out, gallery=most, progress=False)),
+    ):
+        scorer = Counting()
+        run(judge(scorer), tmp_path / name)
+        rescored = 0 if once or (large and name == "predicted") else shown
+        assert scorer.tiles == 3 + rescored
+        assert len(read(tmp_path / name / "gallery.zip")[1]) == shown
 
 
 def test_large_image_is_shown_by_its_stored_map(tmp_path, save, monkeypatch):

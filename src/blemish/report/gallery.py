@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from blemish.data.images import FloatArray, Pixels, probe, read_mask, read_pixels
-from blemish.detector import Detector
+from blemish.detector import Detector, Prediction
 from blemish.errors import ImageError
 from blemish.files import atomic
 from blemish.pictures import Picture, as_rgb, colour
@@ -25,7 +25,7 @@ from blemish.postprocess import Mask
 from blemish.scoring import ScoredFile, score_files
 
 SIDE = 160  # of a thumbnail, in pixels
-_LARGE = 2**22  # pixels, from which scoring an image again would take longer than a thumbnail is worth
+_LARGE = 2**22  # pixels, from which scoring again, or holding what was expected, costs more than a thumbnail is worth
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,55 @@ class Shown:
     @property
     def is_large(self) -> bool:
         """Whether its stored map serves, instead of scoring the image again."""
-        try:
-            info = probe(self.path)
-        except ImageError:
-            return False
-        return self.score_map is not None and info.width * info.height > _LARGE
+        return self.score_map is not None and _is_large(self.path)
 
 
-def write_gallery(out: Path, detector: Detector, images: Sequence[Shown], progress: bool = True) -> None:
-    """Score each image and write its thumbnails; `index.json` in the zip names them, in the order given.
+class Drawn(NamedTuple):
+    """The thumbnails of an image of size (H, W), encoded, by their names."""
 
-    An image that has become unreadable is left out.
+    size: tuple[int, int]
+    pictures: Mapping[str, bytes]
+
+
+def draws_at_once(paths: Sequence[Path], gallery: int) -> bool:
+    """Whether to draw images while they are scored, instead of scoring again those that turn out to be worth it."""
+    return len(paths) <= gallery and not any(map(_is_large, paths))
+
+
+def draw(pixels: Pixels, prediction: Prediction, expected: FloatArray | None) -> Drawn:
+    """The thumbnails of an image: observed, heat map, mask, and what was expected (h, w, C), if that is known."""
+    height, width = prediction.score_map.shape
+    pictures = {"observed": _webp(_shrink(as_rgb(pixels)))}
+    if expected is not None:
+        picture = as_rgb((expected.clip(0, 1) * 255).round().astype(np.uint8))
+        pictures["expected"] = _webp(_shrink(picture, (height, width)))
+    pictures["heat"] = _webp(colour(_shrink_to_largest(prediction.score_map), prediction.threshold))
+    pictures["mask"] = _png(_shrink_to_largest(prediction.mask.astype(np.uint8)) > 0)
+    return Drawn((height, width), pictures)
+
+
+def write_gallery(
+    out: Path,
+    detector: Detector,
+    images: Sequence[Shown],
+    progress: bool = True,
+    drawn: Mapping[Path, Drawn] | None = None,
+) -> None:
+    """Write the thumbnails of images; `index.json` in the zip names them, in the order given.
+
+    Those that are not `drawn` yet are scored once more. An image that has become unreadable is left out.
     """
     index = []
-    bar = tqdm(_scored(detector, images), "picturing", len(images), unit="image", disable=not progress, leave=False)
+    drawn = drawn or {}
+    others = [shown for shown in images if shown.path not in drawn]
+    bar = tqdm(_scored(detector, others), "picturing", len(others), unit="image", disable=not progress, leave=False)
+    scored = iter(bar)
     with atomic(out) as path, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for number, (shown, scored) in enumerate(zip(images, bar, strict=True)):
-            if scored.pixels is None or scored.score_map is None:
+        for number, shown in enumerate(images):
+            made = drawn.get(shown.path) or _drawn(detector, next(scored))
+            if made is None:
                 continue
-            size = scored.score_map.shape
-            pictures = _thumbnails(detector, scored, scored.pixels, scored.score_map)
+            size, pictures = made.size, dict(made.pictures)
             if shown.truth is not None:
                 pictures["truth"] = _png(_shrink_to_largest(read_mask(shown.truth, size).astype(np.uint8)) > 0)
             names = {}
@@ -93,15 +122,18 @@ def _read(shown: Shown) -> ScoredFile:
         return ScoredFile(shown.path, pixels, np.asarray(tiff, np.float32), None, 0.0, label=shown.label)
 
 
-def _thumbnails(detector: Detector, scored: ScoredFile, pixels: Pixels, score_map: FloatArray) -> dict[str, bytes]:
-    """The encoded pictures of one image."""
-    pictures = {"observed": _webp(_shrink(as_rgb(pixels)))}
-    if scored.expected is not None:
-        picture = as_rgb((scored.expected.clip(0, 1) * 255).round().astype(np.uint8))
-        pictures["expected"] = _webp(_shrink(picture, score_map.shape))
-    decided = detector.decide(score_map, scored.label)
-    pictures["heat"] = _webp(colour(_shrink_to_largest(score_map), decided.threshold))
-    return pictures | {"mask": _png(_shrink_to_largest(decided.mask.astype(np.uint8)) > 0)}
+def _drawn(detector: Detector, scored: ScoredFile) -> Drawn | None:
+    if scored.pixels is None or scored.score_map is None:
+        return None
+    return draw(scored.pixels, detector.decide(scored.score_map, scored.label), scored.expected)
+
+
+def _is_large(path: Path) -> bool:
+    try:
+        info = probe(path)
+    except ImageError:
+        return False
+    return info.width * info.height > _LARGE
 
 
 def _fitting(size: Sequence[int]) -> tuple[int, int]:
