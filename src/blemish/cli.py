@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blemish import __version__
-from blemish.commands import ACTIONS, BUG, DONE, INTERRUPTED, MISTAKE, dated, train
+from blemish.commands import ACTIONS, BUG, DONE, INTERRUPTED, MISTAKE, UNREAD, dated, train
 from blemish.errors import BlemishError, ConfigError, nearest_names
 from blemish.sweep import Choice, Ending, Interval, Report, read_settings, sweep
 
@@ -74,9 +74,14 @@ def _explained(action: Callable[[], int]) -> Ending:
     """Do it; whatever goes wrong is said on stderr in one sentence, after a traceback if the mistake is ours."""
     try:
         with _bars_cleared():
-            return Ending(action())
+            code = action()
+            sys.stdout.flush()
+            return Ending(code)
     except BlemishError as error:
         ending = Ending(MISTAKE, str(error))
+    except BrokenPipeError:  # whoever read the output, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return Ending(UNREAD)
     except OSError as error:
         ending = Ending(MISTAKE, f"{error.filename or 'A file'}: {error.strerror or error}.")
     except Exception as error:

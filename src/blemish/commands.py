@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from blemish.data.records import Records
     from blemish.pipeline import Finished
 
-DONE, SOME_FAILED, MISTAKE, DRIFT, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
+DONE, SOME_FAILED, MISTAKE, DRIFT, BUG, INTERRUPTED, UNREAD = 0, 1, 2, 3, 70, 130, 141
 """Exit codes: all done; done, but some images could not be used; a user's mistake; `monitor` found that the promise no
-longer holds; our mistake; Ctrl-C."""
+longer holds; our mistake; Ctrl-C; what was to be printed has no reader any more, as a shell says of other programs."""
 
 
 def _required(config: Any, name: str, example: str) -> Any:

@@ -1,6 +1,8 @@
 """Words on the command line that once led to a traceback or to another run than the one named."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tqdm import tqdm
@@ -48,3 +50,11 @@ def test_a_bar_that_was_left_open_does_not_move_the_sentence(run_cli):
     result = run_cli(["predict", "run=missing", "input=missing"])
     assert result.err.splitlines()[-1].startswith("blemish: ")
     assert all(bar.disable for bar in bars)  # closed
+
+
+def test_output_that_no_one_reads_is_no_mistake(normal_folder):
+    command = [sys.executable, "-m", "blemish", "check", f"data.root={normal_folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `head` does
+    said = process.stderr.read()
+    assert process.wait() == 141 and "blemish:" not in said and "Traceback" not in said
