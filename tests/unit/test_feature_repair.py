@@ -7,7 +7,8 @@ from torch import nn
 
 from blemish.data.corruption import Structured
 from blemish.models.contracts import Fittable, Observing, Output, Preparing
-from blemish.models.feature_repair import FeatureRepair, Student
+from blemish.models.feature_repair import FeatureRepair
+from blemish.models.student import Student
 from blemish.residuals import L2
 from blemish.training.objectives import ReconstructionObjective
 from blemish.training.task import ReconstructionTask
@@ -94,6 +95,7 @@ def test_repair_tells_where_it_repaired():
         assert after < 0.3 * before
 
 
+@pytest.mark.slow
 def test_student_knows_normal_tiles_and_no_others():
     model = trained(prepared(Student, depth=2), 150)
     with torch.no_grad():

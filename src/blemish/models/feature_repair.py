@@ -1,31 +1,17 @@
-"""Models that see a corrupted tile and are trained to expect the features of the clean one."""
+"""A model that sees a corrupted tile's features and is trained to expect those of the clean one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blemish.models.arguments import check_counts
-from blemish.models.blocks import Encoder, check_architecture, check_tile, conv_block, dilated_blocks, level_widths
+from blemish.models.blocks import conv_block, dilated_blocks
 from blemish.models.contracts import FeatureSource, Output
-from blemish.models.features import FeatureSpace
-
-
-class TrainedInFeatureSpace(FeatureSpace):
-    """Base: the trainer trains it towards frozen features, whose mean and deviation are learned before."""
-
-    def prepare(self, batches: Iterable[Tensor]) -> None:
-        """As `Preparing`."""
-        with self.normal(batches):
-            pass
-
-    @torch.no_grad()
-    def observe(self, x: Tensor) -> Tensor:
-        """As `FeatureSpace`, but no gradient passes, and in training half precision will do: it halves the time."""
-        return self.look(x) if self.training else super().observe(x)
+from blemish.models.features import TrainedInFeatureSpace
 
 
 class FeatureRepair(TrainedInFeatureSpace):
@@ -90,56 +76,3 @@ class FeatureRepair(TrainedInFeatureSpace):
         logits = self.mask(torch.cat([observed, difference, difference.abs()], 1))
         repaired = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
         return Output(observed, expected, repaired=repaired)
-
-
-class Student(TrainedInFeatureSpace):
-    """Learns from pixels what a frozen network, the teacher, says of normal tiles; of others it knows nothing.
-
-    Source: Bergmann et al., Uninformed students, CVPR 2020; Wang et al., Student-teacher feature pyramid matching,
-    arXiv 2103.04257. Where its input is corrupted in training it learns to expect the clean tile's features.
-
-    Args:
-        backbone, projection, dimensions, cache_gb, seed: those of `FeatureSpace`.
-        channels: 1 (grey) or 3 (colour).
-        width: channels of the first level; they double per level, up to 8 times.
-        depth: number of halvings; tile sides must be multiples of 2^depth.
-        dilations: of the residual blocks after them, one each.
-        normalisation: batch, instance, group or none. activation: silu, relu, leaky_relu or gelu.
-
-    Raises:
-        ConfigError: an argument is out of range, or (in `forward`) the tile's sides do not fit the depth.
-    """
-
-    def __init__(
-        self,
-        backbone: FeatureSource,
-        channels: int = 1,
-        width: int = 32,
-        depth: int = 3,
-        dilations: Sequence[int] = (1, 2, 4),
-        normalisation: str = "batch",
-        activation: str = "silu",
-        projection: str = "none",
-        dimensions: int | None = None,
-        cache_gb: float = 4.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(backbone, projection, dimensions, cache_gb, seed)
-        check_architecture(channels, width, depth, 1)
-        self.depth = depth
-        style = (normalisation, activation)
-        last = level_widths(width, depth)[-1]
-        self.student = nn.Sequential(
-            Encoder(channels, width, depth, *style),
-            dilated_blocks(last, dilations, *style),
-            nn.Conv2d(last, self.dimensions, 1),
-        )
-
-    def forward(self, x: Tensor) -> Output:
-        """(B, C, H, W) in [0, 1] -> observed and expected (B, D, h, w)."""
-        check_tile(x.shape[-2], x.shape[-1], self.depth)
-        observed = self.observe(x)
-        expected = self.student(x)
-        if expected.shape != observed.shape:
-            expected = F.interpolate(expected, observed.shape[-2:], mode="bilinear", align_corners=False)
-        return Output(observed, expected)

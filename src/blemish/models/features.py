@@ -105,6 +105,23 @@ class FeatureSpace(nn.Module):
         self.projection.copy_(vectors * signs)
 
 
+class TrainedInFeatureSpace(FeatureSpace):
+    """Base of those that the trainer trains towards features, whose mean and deviation are learned before.
+
+    Args, Raises: those of `FeatureSpace`.
+    """
+
+    def prepare(self, batches: Iterable[Tensor]) -> None:
+        """As `Preparing`."""
+        with self.normal(batches):
+            pass
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> Tensor:
+        """As `FeatureSpace`, but no gradient passes, and in training half precision will do: it halves the time."""
+        return self.look(x) if self.training else super().observe(x)
+
+
 class FeatureModel(FeatureSpace, ABC):
     """Base of those that learn by themselves: subclasses say what they learn of normal features, and what they expect.
 
