@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blemish import load_detector
-from blemish.checkpoint import DETECTOR_FILE
+from blemish.checkpoint import DETECTOR_FILE, read_checkpoint
 from blemish.data.images import read_pixels
 from blemish.errors import CheckpointError
 
@@ -23,6 +23,18 @@ KINDS = {
     "feature_repair": ("model.width=16", "model.dilations=[1]", "training.steps=20", "training.steps_per_epoch=10"),
     "student": ("model.width=4", "training.steps=20", "training.steps_per_epoch=10"),
 }
+DIE = """
+import os, signal, sys
+from blemish.cli import main
+from blemish.training.task import ReconstructionTask
+step = ReconstructionTask.training_step
+def dying(self, batch, batch_idx):
+    if self.current_epoch == 1 and batch_idx == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+ReconstructionTask.training_step = dying
+main(sys.argv[1:])
+"""
 
 
 @pytest.mark.parametrize(
@@ -46,6 +58,18 @@ def test_train_evaluate_and_load_again(run_cli, tiny_data, tmp_path, kind):
     torch.save(content, run / DETECTOR_FILE)
     with pytest.raises(CheckpointError, match="weights of the backbone 'efficientnet_lite0' found here are not those"):
         load_detector(run, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["feature_repair", "student"])
+def test_a_killed_training_resumes_to_the_same_weights(run_cli, spawn_cli, tiny_data, tmp_path, kind):
+    words = ("train", "data=mvtec", f"data.root={tiny_data}", f"model={kind}", *FEATURES, *KINDS[kind])
+    assert run_cli([*words, f"out={tmp_path / 'whole'}"]).code == 0
+    assert spawn_cli([*words, f"out={tmp_path / 'killed'}"], code=DIE).returncode == -9
+    resumed = run_cli(["train", f"resume={tmp_path / 'killed'}"])
+    assert resumed.code == 0, resumed.err
+    ours, theirs = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize(
