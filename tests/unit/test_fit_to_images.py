@@ -16,7 +16,7 @@ COLOUR = (40, 40, 3)
 
 
 def settings(channels=None, tile=None, model="blemish.models.autoencoder.ConvAutoencoder", **image):
-    image = {"channels": channels, "size": None, "short_side": None, "max_side": None} | image
+    image = {"channels": channels, "size": None, "short_side": None, "max_side": None, "square": None} | image
     return OmegaConf.create({"model": {"_target_": model}, "image": image, "tiling": {"size": tile, "overlap": 0.25}})
 
 
@@ -54,7 +54,8 @@ def test_a_model_that_compares_whole_images_gets_squares(tmp_path, save, image, 
         ([(191, 300)], {}, 160),
         ([(20, 300)], {}, 32),  # the smallest; the image is padded
         ([(31, 31)], {}, 32),
-        ([(500, 600), (70, 300), (400, 300)], {}, 64),  # the smallest image counts
+        ([(500, 600), (70, 300), (130, 300)], {}, 128),  # half of the images allow it
+        ([(70, 300), (130, 300)], {}, 64),
         ([(500, 600)], {"short_side": 128}, 128),
         ([(500, 600)], {"short_side": 100}, 96),
         ([(90, 600)], {"short_side": 128}, 64),  # none is enlarged
@@ -65,14 +66,15 @@ def test_a_model_that_compares_whole_images_gets_squares(tmp_path, save, image, 
         ([(500, 600)], {"size": 100}, 96),
         ([(500, 600)], {"size": 10}, 32),
         ([(200, 400)], {"max_side": 200}, 96),
+        ([(500, 600), (300, 310), (110, 600)], {"short_side": 192, "square": 2.0}, 192),
         ([(600, 600)], {"max_side": 400}, 192),
     ],
 )
 def test_tiles_are_as_large_as_the_images_allow(fitted, shapes, image, tile):
     found = fitted(shapes, **image)[1]
     assert found == tile
-    smallest = min(min(Preprocess(1, **image).scored_size(*shape)) for shape in shapes)
-    assert found % 32 == 0 and 32 <= found <= max(32, smallest)
+    fitting = [max(32, min(Preprocess(1, **image).scored_size(*shape))) >= found for shape in shapes]
+    assert found % 32 == 0 and found >= 32 and sum(fitting) >= len(shapes) / 2
 
 
 def test_a_given_tile_size_stays(fitted):

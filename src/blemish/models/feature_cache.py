@@ -41,13 +41,18 @@ class FeatureCache:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Features of `count` random places, (count, D); a place may be drawn again."""
-        return self._at(torch.randint(self.patches, (count,), generator=generator))
+        return self.read(torch.randint(self.patches, (count,), generator=generator))
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Features of `count` different random places, at most all, (count, D)."""
-        return self._at(torch.randperm(self.patches, generator=generator)[:count])
+        return self.read(self.choose(count, generator))
 
-    def _at(self, places: Tensor) -> Tensor:
+    def choose(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` different random places, at most all, (count,) int64."""
+        return torch.randperm(self.patches, generator=generator)[:count]
+
+    def read(self, places: Tensor) -> Tensor:
+        """Features of places (N,), which are counted grid by grid, row by row: (N, D)."""
         return _read(self.values.reshape(-1, self.values.shape[3])[places.numpy()])
 
     def windows(self, count: int, side: int, generator: torch.Generator) -> Tensor:

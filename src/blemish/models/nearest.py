@@ -14,6 +14,7 @@ from blemish.models.features import FeatureModel, in_parts
 
 CORESETS = ("greedy", "random")
 _SKETCH = 64
+_AT_ONCE = 8192  # patches of a bank
 
 
 class NearestFeature(FeatureModel):
@@ -58,11 +59,14 @@ class NearestFeature(FeatureModel):
 
     def learn(self, cache: FeatureCache) -> None:
         size = len(self.bank)
-        patches = cache.sample(self.candidates if self.coreset == "greedy" else size, self.generator())
-        patches = self.prepared(patches)
-        if self.coreset == "greedy" and len(patches) > size:
-            patches = patches[greedy_coreset(self._sketched(patches), size)]
-        self.bank.copy_(patches[torch.arange(size) % len(patches)])
+        if self.coreset == "greedy":
+            patches = self.prepared(cache.sample(self.candidates, self.generator()))
+            chosen = greedy_coreset(self._sketched(patches), size) if len(patches) > size else torch.arange(size)
+            self.bank.copy_(patches[chosen % len(patches)])
+            return
+        places = cache.choose(size, self.generator())
+        for part in torch.split(torch.arange(size), _AT_ONCE):  # so that a large bank is not held twice
+            self.bank[part] = self.prepared(cache.read(places[part % len(places)]))
 
     def _sketched(self, patches: Tensor) -> Tensor:
         """(N, D) -> (N, 64), distances nearly kept (Johnson and Lindenstrauss); fewer features stay as they are."""
@@ -81,12 +85,22 @@ class NearestFeature(FeatureModel):
 def nearest(queries: Tensor, bank: Tensor) -> Tensor:
     """The number of the nearest of `bank` (K, D), by Euclidean distance, for each of `queries` (Q, D): (Q,) int64.
 
-    All are compared, so many queries at a time that memory stays bounded. Float32 rounds: of two that are equally near
-    but for that, either may be found.
+    All are compared, so many at a time that memory stays bounded. Float32 rounds: of two that are equally near but for
+    that, either may be found.
     """
-    lengths = bank.square().sum(dim=1)
-    # A query's own length is the same for all of the bank.
-    return in_parts(lambda part: torch.addmm(lengths, part, bank.T, alpha=-2).argmin(dim=1), queries, len(bank))
+    width = min(len(bank), _AT_ONCE)  # of the bank is compared at once: reading it is what takes time
+
+    def search(part: Tensor) -> Tensor:
+        smallest = part.new_full((len(part),), torch.inf)
+        found = torch.zeros(len(part), dtype=torch.int64, device=part.device)
+        for number, block in enumerate(torch.split(bank, width)):
+            # A query's own length is the same for all of the bank.
+            values, places = torch.addmm(block.square().sum(dim=1), part, block.T, alpha=-2).min(dim=1)
+            found = torch.where(values < smallest, number * width + places, found)
+            smallest = torch.minimum(values, smallest)
+        return found
+
+    return in_parts(search, queries, width)
 
 
 def greedy_coreset(points: Tensor, count: int) -> Tensor:

@@ -318,9 +318,10 @@ def name_classes(settings: Any, records: Iterable[Record]) -> None:
 def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
     """Fill in what is null and depends on the images: `image.channels`, `tiling.size`, for some models `image.size`.
 
-    Tiles are as large as the smallest image (after preprocessing) allows in steps of 32 pixels, at most 192 or what
-    `image.short_side` or `image.size` says. For a model that compares whole images, each is made a square of that size.
-    Unreadable images are left for the decoder to report.
+    Tiles are as large as half of the images (after preprocessing) allow in steps of 32 pixels, at most 192 or what
+    `image.short_side` or `image.size` says; smaller images are mirrored at their borders, so that a few of them do not
+    cut up all others. For a model that compares whole images, each is made a square of that size. Unreadable images are
+    left for the decoder to report.
 
     Args:
         settings: the settings of `blemish train`.
@@ -330,14 +331,14 @@ def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
         DataError: the images mix grey and colour. ConfigError: the settings of `image` do not fit.
     """
     first: dict[int, Path] = {}
-    sides: set[tuple[int, int]] = set()
+    sides: list[tuple[int, int]] = []
     for path in paths:
         try:
             info = probe(path)
         except ImageError:
             continue
         first.setdefault(info.channels, path)
-        sides.add((info.height, info.width))
+        sides.append((info.height, info.width))
     if settings.image.channels is None:
         if len(first) == 2:
             raise DataError(
@@ -348,8 +349,9 @@ def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
     if settings.tiling.size is None:
         preprocess: Preprocess = build_section(Preprocess, settings, "image")
         most = preprocess.size or preprocess.short_side or _LARGEST_TILE
-        smallest = min((min(preprocess.scored_size(*side)) for side in sides), default=most)
-        settings.tiling.size = max(_TILE_STEP, min(smallest, most) // _TILE_STEP * _TILE_STEP)
+        shorter = sorted(min(preprocess.scored_size(*side)) for side in sides) or [most]
+        usual = shorter[(len(shorter) - 1) // 2]
+        settings.tiling.size = max(_TILE_STEP, min(usual, most) // _TILE_STEP * _TILE_STEP)
         if getattr(locate(settings.model._target_, None, "model"), "whole_image", False):
             settings.tiling.size = settings.image.size or settings.tiling.size
             settings.image.size, settings.image.short_side = settings.tiling.size, None
