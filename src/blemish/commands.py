@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blemish.errors import ConfigError
+from blemish.errors import ConfigError, DataError
 from blemish.sweep import LOG_FILE, Report
 
 if TYPE_CHECKING:
@@ -297,7 +297,13 @@ def _export(config: Any, overrides: list[str]) -> int:
     detector = load_detector(run, "cpu", config.trusted)
     check(detector, config.format, config.images)
     if OmegaConf.is_missing(config.data, "root"):
-        paths = [item.record.path for item in read_part(run / SPLITS_FILE, "calibration")]
+        try:
+            paths = [item.record.path for item in read_part(run / SPLITS_FILE, "calibration")]
+        except DataError as error:
+            raise DataError(
+                f"The calibration images of {run}, on which the exported file is compared, are not as they were: give "
+                "them, or other defect-free ones, by data.root=DIR."
+            ) from error
     else:
         paths = [record.path for record in _read(_plain(config.data)).sound() if record.is_normal]
         own = set(detector.card.made.get("calibrated_on", ()))

@@ -21,7 +21,7 @@ from blemish.scores.contracts import FittableScore
 MODELS, SCORES, RESIDUALS = (
     [path.stem for path in sorted((config_folder() / group).glob("*.yaml"))] for group in ("model", "score", "residual")
 )
-SIZE = 32
+SIZE = 48  # the least that MS-SSIM takes
 SMALL = {"width": 4, "depth": 2, "steps": 4, "batch_size": 64, "samples": 100, "trees": 10, "bank": 50, "templates": 2}
 PLAIN = ("image.channels=1", "image.short_side=null")
 SMALL_BACKBONE = ("backbone.weights=none", "backbone.layers=[2,8]", "backbone.margin=0")

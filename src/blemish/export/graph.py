@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ def trace(detector: TileDetector, any_size: bool = True) -> ExportedProgram:
 
 def cannot(who: str, failure: Exception) -> ExportError:
     """The sentence for what an exporter raised."""
-    said = next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(failure))  # they colour it
+    said = next((line.strip() for line in text.splitlines() if line.strip()), type(failure).__name__)
     said = said if len(said) <= 200 else f"{said[:200]}..."
     return ExportError(
         f"The detector cannot be exported, because {who} cannot follow its model or score ({said.rstrip('.')}): "
