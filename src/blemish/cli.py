@@ -28,6 +28,7 @@ _VERBS = {
     "monitor": "do images believed normal still match the calibration?",
     "diff": "where does an image differ from a reference? no training needed",
     "ensemble": "several trained runs as one detector, calibrated as one",
+    "export": "a run as one file that predicts without PyTorch",
 }
 _GOES_ON = {
     "train": "; every finished epoch is kept: `blemish train resume=RUN` goes on with the run folder named above",

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blemish.errors import ConfigError
+from blemish.errors import ConfigError, DataError
 from blemish.sweep import LOG_FILE, Report
 
 if TYPE_CHECKING:
@@ -239,10 +239,10 @@ def _evaluate(config: Any, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from blemish import pipeline
-    from blemish.checkpoint import load_detector
+    from blemish.loading import load_detector
 
     run = Path(_required(config, "run", "evaluate run=RUN data=mvtec data.root=DIR"))
-    detector = load_detector(run, config.device, config.trusted)
+    detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     own = OmegaConf.is_missing(config.data, "root")
     records = _read(_run_settings(run)["data"] if own else _plain(config.data)).sound()
     out = Path(config.out) if config.out is not None else run
@@ -255,12 +255,12 @@ def _evaluate(config: Any, overrides: list[str]) -> int:
 
 def _predict(config: Any, overrides: list[str]) -> int:
     from blemish import pipeline
-    from blemish.checkpoint import load_detector
+    from blemish.loading import load_detector
 
     run = Path(_required(config, "run", "predict run=RUN input=DIR out=OUT"))
     inputs = _inputs(config, "predict run=RUN input=DIR out=OUT")
     out = Path(config.out) if config.out is not None else dated(run / "predictions")
-    detector = load_detector(run, config.device, config.trusted)
+    detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     print(f"writing to: {out}", flush=True)
     summary = pipeline.predict(detector, inputs, out, config.overwrite, config.fdr, config.report.images)
     resumed = f" ({summary.resumed} of them before the interruption)" if summary.resumed else ""
@@ -283,6 +283,39 @@ def _predict(config: Any, overrides: list[str]) -> int:
     return code
 
 
+def _export(config: Any, overrides: list[str]) -> int:
+    from omegaconf import OmegaConf
+
+    from blemish.checkpoint import load_detector, read_checkpoint
+    from blemish.data.splits import SPLITS_FILE, digest_files, read_part
+    from blemish.engines.load import EXPORT_FOLDER
+    from blemish.export.run import check, export
+    from blemish.files import CARD_FILE
+
+    run = Path(_required(config, "run", "export run=RUN format=onnx"))
+    out = Path(config.out) if config.out is not None else run / EXPORT_FOLDER
+    detector = load_detector(run, "cpu", config.trusted)
+    check(detector, config.format, config.images)
+    if OmegaConf.is_missing(config.data, "root"):
+        try:
+            paths = [item.record.path for item in read_part(run / SPLITS_FILE, "calibration")]
+        except DataError as error:
+            raise DataError(
+                f"The calibration images of {run}, on which the exported file is compared, are not as they were: give "
+                "them, or other defect-free ones, by data.root=DIR."
+            ) from error
+    else:
+        paths = [record.path for record in _read(_plain(config.data)).sound() if record.is_normal]
+        own = set(detector.card.made.get("calibrated_on", ()))
+        paths = [path for path, digest in zip(paths, digest_files(paths), strict=True) if digest in own] or paths
+    settings = read_checkpoint(run)["config"]
+    made = export(detector, settings, config.format, out, paths, config.images, config.any_size)
+    print(f"compared {made.parity.in_words()}")
+    shape = " x ".join("any" if side is None else str(side) for side in made.shape)
+    print(f"written: {made.path} (tiles of {shape}), card: {out / CARD_FILE}")
+    return DONE
+
+
 def _check(config: Any, overrides: list[str]) -> int:
     from blemish.build import build_section
     from blemish.calibration import Promise
@@ -301,12 +334,12 @@ def _check(config: Any, overrides: list[str]) -> int:
 
 def _monitor(config: Any, overrides: list[str]) -> int:
     from blemish import pipeline
-    from blemish.checkpoint import load_detector
+    from blemish.loading import load_detector
 
     run = Path(_required(config, "run", "monitor run=RUN input=DIR"))
     inputs = _inputs(config, "monitor run=RUN input=DIR")
     state = Path(config.state) if config.state is not None else run / "monitor.jsonl"
-    detector = load_detector(run, config.device, config.trusted)
+    detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     drift, errors = pipeline.monitor(detector, inputs, state, config.level, config.seed, config.by_folder, config.order)
     unit = "folders" if config.by_folder else "images"
     print(f"{drift.batch} different {unit}, {drift.new} of them new; {drift.images} in the journal {state}")
@@ -387,4 +420,5 @@ ACTIONS: dict[str, Callable[[Any, list[str]], int]] = {
     "monitor": _monitor,
     "diff": _diff,
     "ensemble": _ensemble,
+    "export": _export,
 }

@@ -34,6 +34,10 @@ class CheckpointError(BlemishError):
     """A run folder or checkpoint is missing, damaged or of another version."""
 
 
+class ExportError(BlemishError):
+    """A detector cannot be exported, or an exported file cannot be used."""
+
+
 def nearest_names(name: str, known: Iterable[str], most: int = 3) -> str:
     """Suggest the known names closest to `name`, as the tail of a sentence ('' if there are none)."""
     known = sorted(set(known))

@@ -11,6 +11,7 @@ import pytest
 import blemish
 
 ROOT = Path(blemish.__file__).parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -110,11 +111,11 @@ def test_the_command_starts_light(module):
 
 
 def test_public_names_come_on_first_use():
-    from blemish import checkpoint, detector
+    from blemish import detector, loading
 
     assert blemish.Detector is detector.Detector
     assert blemish.Prediction is detector.Prediction
-    assert blemish.load_detector is checkpoint.load_detector
+    assert blemish.load_detector is loading.load_detector
     assert all(hasattr(blemish, name) for name in blemish.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Detektor'"):
         _ = blemish.Detektor
@@ -122,9 +123,67 @@ def test_public_names_come_on_first_use():
 
 def test_all_but_the_tile_scorer_runs_without_torch():
     modules = ["detector", "tiling", "calibration", "preprocess", "postprocess", "pictures", "outputs", "pipeline"]
-    modules += ["ensemble", "data.images", "data.records", "data.splits", "data.check", "evaluation.metrics"]
+    modules += [
+        "ensemble",
+        "loading",
+        "engines.load",
+        "export.parity",
+        "data.images",
+        "data.records",
+        "data.splits",
+        "data.check",
+        "evaluation.metrics",
+    ]
     loaded = loaded_after("import " + ", ".join(f"blemish.{module}" for module in modules))
     assert loaded & {"torch", "hydra", "pytorch_lightning", "albumentations"} == set()
+
+
+def reached_from(module):
+    """The files that importing `blemish.module` may come to, lazy imports included, less those that need a run."""
+    found, waiting = set(), [module]
+    while waiting:
+        path = waiting.pop().replace(".", "/")
+        for name in (f"{path}.py", f"{path}/__init__.py"):
+            if name in IMPORTS and name not in found | {"checkpoint.py"}:
+                found.add(name)
+                waiting += [word.removeprefix("blemish.") for word in IMPORTS[name] if word.startswith("blemish.")]
+                waiting += [path.rpartition("/")[0].replace("/", ".")] if "/" in path else []
+    return found
+
+
+def test_the_runtime_has_what_an_exported_file_needs_and_nothing_else():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and later have it")
+    runtime = tomllib.loads((REPOSITORY / "packaging/runtime/pyproject.toml").read_text(encoding="utf-8"))
+    whole = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    shipped = set()
+    for source, target in runtime["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].items():
+        assert source == f"../../src/{target}"
+        name = target.removeprefix("blemish/")
+        shipped |= {name} if name.endswith(".py") else within(name)
+    assert shipped == reached_from("loading") | {"__init__.py"}
+    own, all_of_them = (set(one["project"]["dependencies"]) for one in (runtime, whole))
+    assert own - all_of_them == {need for need in own if need.startswith("onnxruntime")}
+    for key in ("version", "license", "requires-python"):
+        assert runtime["project"][key] == whole["project"][key]
+
+
+def test_exported_files_are_read_without_torch_hydra_and_their_like():
+    blocked = sorted({"torch", "pytorch_lightning", "hydra", "omegaconf", "albumentations", "torchvision", "tqdm"})
+    program = f"""
+import json, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+import blemish
+from blemish.errors import ExportError
+try:
+    blemish.load_detector("none.onnx")
+except ExportError as error:
+    print(json.dumps(str(error)))
+"""
+    assert "No exported detector found at none.onnx" in run_python(program)
 
 
 @pytest.mark.slow

@@ -49,6 +49,14 @@ def rewrite(run, change):
     torch.save(content, run / DETECTOR_FILE)
 
 
+def test_an_ensemble_is_not_exported(both, run_cli):
+    result = run_cli(["export", f"run={both[0]}", "format=torch"])
+    assert (
+        result.code == 2 and "Ensemble cannot be exported, because it joins several detectors" in result.sentences[-1]
+    )
+    assert not (both[0] / "export").exists()
+
+
 def test_it_ends_as_a_training_does(both, tiny_run):
     run, printed = both
     assert "calibrated: " in printed and "synthetic defects on" in printed and f"run folder: {run}" in printed

@@ -128,6 +128,16 @@ class Fittable(Protocol):
         """
 
 
+@runtime_checkable
+class Unexportable(Protocol):
+    """A part of a model or of a score that no graph for another engine can hold.
+
+    unexportable: why, to stand after "because".
+    """
+
+    unexportable: str
+
+
 class Judgement(NamedTuple):
     """What a discriminator makes of a batch.
 

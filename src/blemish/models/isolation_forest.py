@@ -83,7 +83,7 @@ class IsolationForest(Density):
         return in_parts(self._scores, places, self.trees)
 
     def _scores(self, places: Tensor) -> Tensor:
-        node = self.roots.expand(len(places), -1)  # (Q, T)
+        node = self.roots.expand(places.shape[0], -1)  # (Q, T)
         for _ in range(self.levels):
             beyond = places.gather(1, self.feature[node]) > self.threshold[node]
             node = self.below[node, beyond.long()]  # a leaf leads to itself

@@ -91,8 +91,8 @@ def nearest(queries: Tensor, bank: Tensor) -> Tensor:
     width = min(len(bank), _AT_ONCE)  # of the bank is compared at once: reading it is what takes time
 
     def search(part: Tensor) -> Tensor:
-        smallest = part.new_full((len(part),), torch.inf)
-        found = torch.zeros(len(part), dtype=torch.int64, device=part.device)
+        smallest = part.new_full(part.shape[:1], torch.inf)
+        found = torch.zeros(part.shape[:1], dtype=torch.int64, device=part.device)
         for number, block in enumerate(torch.split(bank, width)):
             # A query's own length is the same for all of the bank.
             values, places = torch.addmm(block.square().sum(dim=1), part, block.T, alpha=-2).min(dim=1)

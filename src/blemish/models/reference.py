@@ -83,6 +83,7 @@ class TemplateBank(nn.Module):
     """
 
     whole_image = True
+    unexportable = "it aligns each tile by search in OpenCV, which no exported graph does"
     templates: Tensor
     spreads: Tensor
     fitted: Tensor

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blemish.errors import ConfigError
 from blemish.models.repair import UNet
+from blemish.standardise import tile_mean
 
 
 class HighFrequencyRestorer(UNet):
@@ -63,7 +64,7 @@ class HighFrequencyRestorer(UNet):
         """As in `RepairAutoencoder`, from the detail alone."""
         features, expected = super().repair(self.detail(x))
         if self.keep_mean:
-            expected = expected + x.mean(dim=(1, 2, 3), keepdim=True)
+            expected = expected + tile_mean(x)
         return features, expected
 
     def detail(self, x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class CodeBook(nn.Module):
         if self.training:
             self._restart_the_dead(flat)
         choice = self.nearest(flat)
-        found = F.embedding(choice.view(len(code), *code.shape[2:]), self.entries).movedim(-1, 1)
+        found = F.embedding(choice.view(code.shape[0], *code.shape[2:]), self.entries).movedim(-1, 1)
         if self.training:
             self._follow(flat, choice)
         return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError
 from blemish.models.contracts import Output
 from blemish.scores.contracts import (
+    NO_RANDOM_NUMBERS,
     ExplainedScore,
     FittableScore,
     Score,
@@ -137,6 +138,8 @@ class NoiseDrawsScore(AugmentedScore):
     Raises:
         ConfigError: std is negative, draws below 1, or (in use) the model is not in pixel space.
     """
+
+    unexportable = NO_RANDOM_NUMBERS
 
     def __init__(self, score: Score, std: float = 0.1, draws: int = 4, seed: int = 0) -> None:
         super().__init__(score)

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError
 from blemish.models.contracts import Latent, Output
 
+NO_GRADIENTS = "it follows gradients while it scores, which no exported graph does"
+NO_RANDOM_NUMBERS = "it draws from PyTorch's random numbers while it scores, which other engines do not have"
+"""Why some scores are `Unexportable`."""
+
 
 class Score(Protocol):
     """Turns a model in evaluation mode and tiles into score tiles; owns the gradient mode."""

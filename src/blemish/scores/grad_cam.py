@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from blemish.errors import ConfigError, nearest_names
 from blemish.perceptual import INSTALLED, LAYERS, Backbone, length
-from blemish.scores.contracts import ExplainedScore, gradient, gradients
+from blemish.scores.contracts import NO_GRADIENTS, ExplainedScore, gradient, gradients
 
 KINDS = ("cam", "hires")
 
@@ -35,6 +35,8 @@ class GradCamScore(ExplainedScore):
     Raises:
         ConfigError: an argument is out of range, no weights, or (in use) the model is not in pixel space.
     """
+
+    unexportable = NO_GRADIENTS
 
     def __init__(self, backbone: str = "alex", weights: str = INSTALLED, layer: int = 1, kind: str = "hires") -> None:
         super().__init__()

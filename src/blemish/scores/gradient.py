@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError, nearest_names
 from blemish.residuals import Residual
 from blemish.scores.contracts import (
+    NO_GRADIENTS,
     ExplainedScore,
     bounded,
     check_counts,
@@ -38,6 +39,8 @@ class InputGradientScore(ExplainedScore):
     Raises:
         ConfigError: unknown loss, negative beta, or (in use) the model has no latent distribution or no gradient.
     """
+
+    unexportable = NO_GRADIENTS
 
     def __init__(
         self, residual: Residual, of: str = "residual", beta: float = 0.01, times_residual: bool = True
@@ -78,6 +81,8 @@ class ProjectionScore(ExplainedScore):
     Raises:
         ConfigError: a number is out of range, or (in use) the model is not in pixel space or has no gradient.
     """
+
+    unexportable = NO_GRADIENTS
 
     def __init__(self, residual: Residual, steps: int = 20, rate: float = 0.2, weight: float = 0.05) -> None:
         super().__init__()

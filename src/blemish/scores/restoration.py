@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from blemish.errors import ConfigError
 from blemish.residuals import Residual
-from blemish.scores.contracts import ExplainedScore, bounded, check_counts, expected_tile
+from blemish.scores.contracts import NO_RANDOM_NUMBERS, ExplainedScore, bounded, check_counts, expected_tile
 
 
 class RecursiveScore(ExplainedScore):
@@ -53,6 +53,8 @@ class InpaintingScore(ExplainedScore):
     Raises:
         ConfigError: arguments out of range, or (in use) a tile has too few cells, or the model is not in pixel space.
     """
+
+    unexportable = NO_RANDOM_NUMBERS
 
     def __init__(self, residual: Residual, cells: Sequence[int] = (4, 8, 16), parts: int = 3, seed: int = 0) -> None:
         super().__init__()

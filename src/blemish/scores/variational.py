@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blemish.models.contracts import Latent
 from blemish.residuals import Residual
-from blemish.scores.contracts import ExplainedScore, check_counts, check_not_negative, latents_of
+from blemish.scores.contracts import NO_RANDOM_NUMBERS, ExplainedScore, check_counts, check_not_negative, latents_of
 
 _AS_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
@@ -85,6 +85,8 @@ class MonteCarloScore(ExplainedScore):
     Raises:
         ConfigError: draws is below 1, or (in use) the model has no latent distribution.
     """
+
+    unexportable = NO_RANDOM_NUMBERS
 
     def __init__(self, residual: Residual, draws: int = 8, seed: int = 0) -> None:
         super().__init__()

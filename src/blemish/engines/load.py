@@ -1,0 +1,102 @@
+"""Loading exported files: which engine reads which, the card beside them, and where a run keeps its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blemish.calibration import Calibration
+from blemish.detector import Detector, TileDetector
+from blemish.engines.onnx import load_onnx
+from blemish.engines.openvino import load_openvino
+from blemish.engines.program import load_program
+from blemish.errors import ConfigError, ExportError, NotCalibrated, nearest_names
+from blemish.files import CARD_FILE
+
+EXPORT_FOLDER = "export"
+"""Where a run keeps what was exported of it."""
+FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
+"""The name of an exported file, by its format."""
+ENGINES = ("torch", "onnx", "openvino")
+"""What `engine=` may say: torch is the run's own detector."""
+PROGRAMS = "torch.export"
+"""What `load_detector(trusted=)` names to read `.pt2` files: PyTorch's reader runs what such a file tells it to."""
+_LOADERS: Mapping[str, Callable[[Path], TileDetector]] = {
+    ".onnx": load_onnx,
+    ".xml": load_openvino,
+    ".pt2": load_program,
+}
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a path names an exported file, rather than a run."""
+    return path.suffix in _LOADERS and not path.is_dir()
+
+
+def load_exported(path: Path, device: str = "auto", trusted: Sequence[str] = (), *, with_card: bool = True) -> Detector:
+    """The detector in an exported file, calibrated by the `card.json` beside it, if there is one.
+
+    Raises:
+        ExportError: the file is missing, damaged or not one of ours, its engine is not installed, or it is a `.pt2`
+            file and `trusted` does not name `PROGRAMS`. ConfigError: `device` is no CPU. CalibrationError: the card is
+            damaged, or belongs to another detector.
+    """
+    if not path.is_file():
+        raise ExportError(f"No exported detector found at {path}: make one with `blemish export run=RUN`.")
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"Exported detectors run on the CPU, found device={device}: leave it out.")
+    if path.suffix == ".pt2" and PROGRAMS not in trusted:
+        raise ExportError(
+            f"{path} is read by PyTorch, which runs what such a file tells it to: if you trust its maker, load it with "
+            f"trusted=['{PROGRAMS}'], else use an export to ONNX."
+        )
+    detector = _LOADERS[path.suffix](path)
+    card = path.with_name(CARD_FILE)
+    return detector.calibrated(read_card(card)) if with_card and card.is_file() else detector
+
+
+def read_card(path: Path) -> Calibration:
+    """A calibration card. Raises ExportError if it is damaged."""
+    try:
+        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ExportError(f"The calibration card {path} is damaged: export again.") from error
+
+
+def load_for_run(
+    run: Path, engine: str, card: Mapping[str, Any] | None, about: Mapping[str, Any], device: str = "auto"
+) -> Detector:
+    """The export of a run for an engine other than torch, with the run's own card.
+
+    Args:
+        card, about: those of the run's checkpoint.
+
+    Raises:
+        ExportError: there is no such export, or it was made of another detector. NotCalibrated: the run has no card.
+            ConfigError: an unknown engine.
+    """
+    check_engine(engine)
+    path = run / EXPORT_FOLDER / FILES[engine]
+    again = f"`blemish export run={run} format={engine}`"
+    if card is None:
+        raise NotCalibrated(f"{run} has no calibration: run `blemish calibrate` and then {again}.")
+    if not path.is_file():
+        raise ExportError(f"engine={engine} expects {path}, which is not there: make it with {again}.")
+    detector = load_exported(path, device, with_card=False)
+    if detector.fingerprint != card["fingerprint"]:
+        raise ExportError(
+            f"{path} was made of another detector (fingerprint {detector.fingerprint[:12]}, the run has "
+            f"{card['fingerprint'][:12]}): export it again with {again}."
+        )
+    return replace(detector, about=about, calibration=Calibration.from_dict(card))
+
+
+def check_engine(engine: str) -> None:
+    """Raise ConfigError if there is no such engine."""
+    if engine not in ENGINES:
+        raise ConfigError(
+            f"Expected engine to be one of {', '.join(ENGINES)}, found '{engine}'. {nearest_names(engine, ENGINES)}"
+        )
