@@ -15,7 +15,7 @@ from blemish.errors import ConfigError, ExportError
 from blemish.export import writing
 from blemish.export.graph import check_exportable, input_shape, tiles_at_once, trace
 from blemish.export.parity import TOLERANCE
-from blemish.models.contracts import Fittable
+from blemish.models.contracts import Fittable, Preparing, observed_by
 from blemish.scores.contracts import FittableScore
 
 MODELS, SCORES, RESIDUALS = (
@@ -62,10 +62,12 @@ def make(settings, installed):
         if isinstance(network, Fittable):
             network.fit([x])
         else:
+            if isinstance(network, Preparing):
+                network.prepare([x])
             optimizer = torch.optim.Adam(network.parameters(), 0.003)
             for _ in range(5):
                 output = network.train()(x)
-                loss = (output.expected - x).square().mean() + (output.penalty or 0)
+                loss = (output.expected - observed_by(network, x)).square().mean() + (output.penalty or 0)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
