@@ -10,8 +10,9 @@ import yaml
 
 from blemish.build import TRUSTED, build
 from blemish.cli import config_folder
+from blemish.data.corruption import CutPaste
 from blemish.errors import ConfigError
-from blemish.models.contracts import Adversarial, Gaussian, Latent, Output, Pair
+from blemish.models.contracts import Adversarial, Contrasting, Gaussian, Latent, Output, Pair
 
 FILES = {
     file.stem: yaml.safe_load(file.read_text("utf-8")) for file in sorted((config_folder() / "model").glob("*.yaml"))
@@ -70,6 +71,8 @@ def make(settings):
             f"model={name}", f"image.channels={channels}", f"tiling.size={size}", *RANDOM_BACKBONE, *quick
         )
         model = build(composed["model"], TRUSTED, "model")
+        if isinstance(model, Contrasting):
+            model.contrast_with(CutPaste(1.0))
         for learn in ("fit", "prepare"):  # before the trainer, or in its place
             if hasattr(model, learn):
                 getattr(model, learn)([tiles(channels, size, seed=seed + 1)])
