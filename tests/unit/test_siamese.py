@@ -51,7 +51,7 @@ def fitted(corrupt=None, **arguments):
 
 @pytest.fixture(scope="module")
 def trained():
-    return fitted(steps=60, learning_rate=0.005)
+    return fitted(steps=60, learning_rate=0.005, crops_per_step=4)
 
 
 # --- the loss

@@ -70,7 +70,7 @@ class Siamese(NearestFeature):
         light: by which brightness and contrast of what is the same may change, as a fraction. noise: the largest
             standard deviation of what is put on it.
         crop: side of the parts that are learned from, in pixels.
-        steps, batch_size: of the training; a batch is of so many parts. learning_rate: at its start.
+        steps: of the training. crops_per_step: so many parts make a batch. learning_rate: at its start.
         normalisation: batch, instance, group or none. activation: silu, relu, leaky_relu or gelu.
         bank, coreset, candidates, cache_gb, seed: those of `NearestFeature`.
 
@@ -93,7 +93,7 @@ class Siamese(NearestFeature):
         noise: float = 0.02,
         crop: int = 96,
         steps: int = 1200,
-        batch_size: int = 8,
+        crops_per_step: int = 8,
         learning_rate: float = 0.002,
         normalisation: str = "batch",
         activation: str = "silu",
@@ -104,7 +104,7 @@ class Siamese(NearestFeature):
         seed: int = 0,
     ) -> None:
         check_architecture(channels, width, depth, 1)
-        check_counts(dimensions=dimensions, crop=crop, steps=steps, batch_size=batch_size)
+        check_counts(dimensions=dimensions, crop=crop, steps=steps, crops_per_step=crops_per_step)
         check_positive(margin=margin, learning_rate=learning_rate)
         if negatives not in NEGATIVES:
             raise ConfigError(f"Unknown model.negatives '{negatives}': {nearest_names(negatives, NEGATIVES)}")
@@ -113,7 +113,7 @@ class Siamese(NearestFeature):
         embedding = Embedding(channels, dimensions, width, depth, dilations, normalisation, activation)
         super().__init__(embedding, bank, coreset, candidates, "none", None, cache_gb, seed)
         self.negatives, self.margin, self.light, self.noise = negatives, margin, light, noise
-        self.crop, self.steps, self.batch_size, self.learning_rate = crop, steps, batch_size, learning_rate
+        self.crop, self.steps, self.crops_per_step, self.learning_rate = crop, steps, crops_per_step, learning_rate
         self._corrupt: Corrupt | None = None
 
     def contrast_with(self, corrupt: Corrupt) -> None:
@@ -179,7 +179,7 @@ class Siamese(NearestFeature):
         step = 2**self.backbone.depth
         side = max(step, min(self.crop, *tiles.values.shape[1:3]) // step * step)
         # Standardised tiles leave [0, 1], which is all that a corruption knows.
-        clean = tiles.windows(self.batch_size, side, generator).to(self.mean.device).clamp(0, 1)
+        clean = tiles.windows(self.crops_per_step, side, generator).to(self.mean.device).clamp(0, 1)
         given, mask = clean, torch.zeros_like(clean[:, :1])
         if self._corrupt is not None and self.negatives != "others":
             given, _, mask = self._corrupt(clean)
