@@ -242,6 +242,8 @@ def test_another_size_without_a_motion_is_refused(pair, run_cli, save, tmp_path)
         (["reference.png", "query.png", "image.channels=2"], "image.channels"),
         (["reference.png", "query.png", "strategy=differnce"], "difference"),
         (["reference.png", "query.png", "alignment.motion=afine"], "affine"),
+        (["reference.png", "query.png", "strategy=siamese"], "strategy.run is not set"),
+        (["reference.png", "query.png", "strategy=siamese", "strategy.run=nowhere"], "No detector found at nowhere"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

@@ -90,3 +90,19 @@ def test_mistakes_are_told_before_any_work(run_cli, tiny_data, tmp_path, overrid
     assert result.code == 2
     assert sentence in result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_siamese_run_is_loaded_again_and_compares_pairs(run_cli, tiny_data, tmp_path):
+    run, quick = tmp_path / "run", ("model.width=8", "model.depth=2", "model.steps=60", "model.bank=200")
+    small = ("synthetic.images=0", "trainer=cpu", "calibration.alpha=0.1", "model.learning_rate=0.005")
+    result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", "model=siamese", *quick, *small])
+    assert result.code == 0, result.err
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert metrics["overall"]["pixel_auroc"] > 0.9
+    detector = load_detector(run, device="cpu")  # trusts no corruption, and needs none
+    image = sorted(tiny_data.glob("test/blob/*.png"))[0]
+    assert detector(image).score_map.shape == read_pixels(image).shape[:2]
+    words = ("strategy=siamese", f"strategy.run={run}", "alignment.motion=none", "threshold.kind=otsu")
+    found = run_cli(["diff", tiny_data / "test/good/000.png", image, f"out={tmp_path / 'pair'}", *words])
+    assert found.code == 0 and "different" in found.out, found.err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -136,6 +136,21 @@ class Unexportable(Protocol):
     """
 
     unexportable: str
+
+
+Corrupt = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Clean tiles (B, C, H, W) in [0, 1] -> the corrupted ones, the clean ones, and a mask (B, 1, H, W), 1 where corrupted.
+
+Draws from torch's global generator; this is what a `Corruption` of `blemish.data` is to a model.
+"""
+
+
+@runtime_checkable
+class Contrasting(Protocol):
+    """A `Fittable` that learns from corrupted tiles, too, and is told how to make them before its `fit`."""
+
+    def contrast_with(self, corrupt: Corrupt) -> None:
+        """Not kept in its state: what has been learned needs no more corruption."""
 
 
 class Judgement(NamedTuple):

@@ -41,8 +41,8 @@ class RunEncoder(FrozenNetwork):
         model = scorer.model if isinstance(scorer, TorchScorer) else detector
         if not (isinstance(detector, TileDetector) and isinstance(model, nn.Module) and isinstance(model, Encoding)):
             raise ConfigError(
-                f"backbone.run expects a run of a model with an encoder, such as conv_ae, vae or repair_ae, found "
-                f"{type(model).__name__} in {run}: train one, or choose another backbone."
+                "Expected a run of a model with an encoder, such as conv_ae, vae or repair_ae, found "
+                f"{type(model).__name__} in {run}: train one, and name its folder."
             )
         super().__init__(f"the run '{run}'", model)
         self.channels, self.standardise = detector.preprocess.channels, detector.tiling.standardise

@@ -25,7 +25,7 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
-from blemish.models.contracts import Fittable, Preparing, classes_of
+from blemish.models.contracts import Contrasting, Fittable, Preparing, classes_of
 from blemish.normalisation import NormalisationSettings
 from blemish.pipeline import Finished
 from blemish.preprocess import Preprocess
@@ -161,6 +161,8 @@ class _Parts:
     def learn(self) -> nn.Module:
         """What takes the place of the trainer for a model that learns by itself."""
         assert isinstance(self.model, Fittable)
+        if isinstance(self.model, Contrasting):
+            self.model.contrast_with(self.corruption)
         normal = self._normal()
         self.model.fit(_Again(lambda: self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
         return self.model
