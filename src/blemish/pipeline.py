@@ -372,9 +372,10 @@ def predict(
         return 0 if item.pixels is None else item.pixels.shape[0] * item.pixels.shape[1]
 
     def write(item: Scored) -> dict[str, Any]:
+        row = files.write_images(item, stems[item.path])
         if at_once and item.pixels is not None and item.prediction is not None:
             drawn[item.path] = draw(item.pixels, item.prediction, item.expected)
-        return files.write_images(item, stems[item.path])
+        return row
 
     def shown(row: Mapping[str, Any]) -> Shown:
         return Shown(Path(row["path"]), score_map=out / row["map"], label=row["class"])
