@@ -9,13 +9,14 @@ import torch
 from blemish.build import TRUSTED, build
 from blemish.checkpoint import assemble, build_model
 from blemish.cli import config_folder
+from blemish.data.corruption import CutPaste
 from blemish.engines.description import Description
 from blemish.engines.load import FILES, PROGRAMS, load_exported
 from blemish.errors import ConfigError, ExportError
 from blemish.export import writing
 from blemish.export.graph import check_exportable, input_shape, tiles_at_once, trace
 from blemish.export.parity import TOLERANCE
-from blemish.models.contracts import Fittable, Preparing, observed_by
+from blemish.models.contracts import Contrasting, Fittable, Preparing, observed_by
 from blemish.scores.contracts import FittableScore
 
 MODELS, SCORES, RESIDUALS = (
@@ -59,6 +60,8 @@ def make(settings, installed):
             network = build_model(composed, TRUSTED)
             score = build(composed["score"], TRUSTED, "score")
         x = tiles(16, seed=1)
+        if isinstance(network, Contrasting):
+            network.contrast_with(CutPaste(1.0))
         if isinstance(network, Fittable):
             network.fit([x])
         else:
