@@ -5,30 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from blemish.data.images import FloatArray
 from blemish.detector import TileDetector
 from blemish.engines.description import EXPECTED, KEY, SCORE, TILES, Description
+from blemish.engines.scorer import GraphScorer
 from blemish.errors import ExportError
 
 
-class OnnxScorer:
-    """The tile scorer that runs a graph in ONNX Runtime: (b, C, t, t) float32 array -> (b, t, t) float32 array."""
+class OnnxScorer(GraphScorer):
+    """The tile scorer that runs a graph in ONNX Runtime."""
 
     def __init__(self, session: Any) -> None:
         self.session = session
         self.outputs = [output.name for output in session.get_outputs()]
 
-    def __call__(self, tiles: FloatArray) -> FloatArray:
-        (score,) = self.session.run([SCORE], {TILES: np.ascontiguousarray(tiles)})
-        score_tiles: FloatArray = score[:, 0]
-        return score_tiles
-
-    def explain(self, tiles: FloatArray) -> FloatArray:
-        """(b, 1 + C, t, t): the score, and what defect-free tiles would have shown; (b, 1, t, t) without that."""
-        parts = self.session.run(self.outputs, {TILES: np.ascontiguousarray(tiles)})
-        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    def run(self, tiles: FloatArray, explain: bool) -> list[FloatArray]:
+        found: list[FloatArray] = self.session.run(self.outputs if explain else [SCORE], {TILES: tiles})
+        return found
 
 
 def load_onnx(path: Path) -> TileDetector:

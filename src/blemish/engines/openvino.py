@@ -10,29 +10,24 @@ import numpy as np
 from blemish.data.images import FloatArray
 from blemish.detector import TileDetector
 from blemish.engines.description import EXPECTED, KEY, SCORE, TILES, Description
+from blemish.engines.scorer import GraphScorer
 from blemish.errors import ExportError
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 """Some processors would else compute with 8 bits of mantissa, and scores would not be those that were calibrated."""
 
 
-class OpenVinoScorer:
-    """The tile scorer that runs a graph in OpenVINO: (b, C, t, t) float32 array -> (b, t, t) float32 array."""
+class OpenVinoScorer(GraphScorer):
+    """The tile scorer that runs a graph in OpenVINO."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
         self.outputs = [name for name in (SCORE, EXPECTED) if _has(compiled, name)]
 
-    def __call__(self, tiles: FloatArray) -> FloatArray:
-        return self._run(tiles)[0][:, 0]
-
-    def explain(self, tiles: FloatArray) -> FloatArray:
-        """(b, 1 + C, t, t): the score, and what defect-free tiles would have shown; (b, 1, t, t) without that."""
-        return np.concatenate(self._run(tiles), axis=1)
-
-    def _run(self, tiles: FloatArray) -> list[FloatArray]:
-        results = self.compiled({TILES: np.ascontiguousarray(tiles)})
-        return [np.array(results[name]) for name in self.outputs]  # its own memory is used again
+    def run(self, tiles: FloatArray, explain: bool) -> list[FloatArray]:
+        results = self.compiled({TILES: tiles})
+        # Its own memory is used again.
+        return [np.array(results[name]) for name in (self.outputs if explain else [SCORE])]
 
 
 def load_openvino(path: Path) -> TileDetector:

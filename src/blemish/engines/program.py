@@ -5,35 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from blemish.data.images import FloatArray
 from blemish.detector import TileDetector
 from blemish.engines.description import KEY, Description
+from blemish.engines.scorer import GraphScorer
 from blemish.errors import ExportError
 
 EXTRA_FILE = f"{KEY}.json"
 """Holds the description, inside the file."""
 
 
-class ProgramScorer:
-    """The tile scorer that runs an exported program: (b, C, t, t) float32 array -> (b, t, t) float32 array."""
+class ProgramScorer(GraphScorer):
+    """The tile scorer that runs an exported program; it always computes all."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
 
-    def __call__(self, tiles: FloatArray) -> FloatArray:
-        return self._run(tiles)[0][:, 0]
-
-    def explain(self, tiles: FloatArray) -> FloatArray:
-        """(b, 1 + C, t, t): the score, and what defect-free tiles would have shown; (b, 1, t, t) without that."""
-        return np.concatenate(self._run(tiles), axis=1)
-
-    def _run(self, tiles: FloatArray) -> list[FloatArray]:
+    def run(self, tiles: FloatArray, explain: bool) -> list[FloatArray]:
         import torch
 
         with torch.inference_mode():
-            return [part.numpy() for part in self.module(torch.from_numpy(np.ascontiguousarray(tiles)))]
+            return [part.numpy() for part in self.module(torch.from_numpy(tiles))]
 
 
 def load_program(path: Path) -> TileDetector:

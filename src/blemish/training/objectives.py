@@ -80,7 +80,8 @@ class ReconstructionObjective(nn.Module):
         """`target`: the clean tiles, or their features, (B, D, h, w); `mask`: (B, 1, H, W), 1 where corrupted; `step`:
         steps done."""
         residual = self.residual(target, output.expected)
-        share = F.adaptive_avg_pool2d(mask, residual.shape[-2:])  # of each place of a grid that is corrupted
+        grid = residual.shape[-2:]  # of which a share of each place is corrupted
+        share = mask if mask.shape[-2:] == grid else F.adaptive_avg_pool2d(mask, grid)
         weight = 1 + (self.corrupted_weight - 1) * share
         reconstruction = (weight * residual).mean() / weight.mean().clamp(min=1e-6)
         nothing = reconstruction.new_zeros(())
