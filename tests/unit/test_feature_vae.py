@@ -7,6 +7,8 @@ from torch import nn
 from blemish.errors import ConfigError
 from blemish.models.contracts import Gaussian
 from blemish.models.feature_vae import FeatureVariationalAutoencoder
+from blemish.residuals import L2, SSIM
+from blemish.scores.variational import ElboScore, KlScore, MonteCarloScore
 
 FEATURES = 5
 
@@ -53,6 +55,20 @@ def test_a_large_beta_leaves_no_information_in_the_code_and_a_small_one_does():
 def test_what_is_expected_repeats():
     model = fitted()
     assert torch.equal(model(tiles(2)).expected, model(tiles(2)).expected)
+
+
+def test_scores_of_the_code_are_in_units_of_features_and_as_large_as_the_tile():
+    model, x = fitted(beta=0.3), tiles(3, 9)
+    output = model(x)
+    squared = (output.expected - output.observed).square().mean()
+    kl = output.latents[0].kl().sum() / output.observed.numel()
+    elbo = ElboScore(L2(), beta=0.3)(model, x)
+    assert elbo.shape == (3, 1, 16, 16)
+    torch.testing.assert_close(elbo.mean(), squared + 0.3 * kl)
+    torch.testing.assert_close(KlScore()(model, x).mean(), kl)
+    assert MonteCarloScore(L2(), draws=2)(model, x).shape == (3, 1, 16, 16)
+    with pytest.raises(ConfigError, match="SSIM compares pixels"):
+        ElboScore(SSIM())(model, x)
 
 
 def test_negative_beta_is_refused():

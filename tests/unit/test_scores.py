@@ -86,7 +86,7 @@ def test_kl_map_is_the_divergence_of_each_cell_shared_by_its_pixels(with_prior):
     reference = normal(prior) if with_prior else torch.distributions.Normal(0.0, 1.0)
     divergence = torch.distributions.kl_divergence(normal(posterior), reference).sum(1, keepdim=True)
     x = tiles(3, 16, 24, count=3)
-    result = kl_map([Latent(posterior, prior if with_prior else None)], x)
+    result = kl_map([Latent(posterior, prior if with_prior else None)], x, x)
     assert result.shape == (3, 1, 16, 24)
     torch.testing.assert_close(result.mean((1, 2, 3)), divergence.sum((1, 2, 3)) / x[0].numel())
     cells = F.interpolate(divergence / (3 * 4 * 4), (16, 24), mode="bilinear", align_corners=False)
@@ -96,9 +96,9 @@ def test_kl_map_is_the_divergence_of_each_cell_shared_by_its_pixels(with_prior):
 def test_kl_map_of_a_flat_code_is_a_plane_and_levels_add_up():
     flat, grid = (Latent(Gaussian(*torch.randn(2, 2, 5, *size))) for size in ((), (4, 4)))
     x = tiles()
-    plane = kl_map([flat], x)
+    plane = kl_map([flat], x, x)
     torch.testing.assert_close(plane, flat.kl().sum(1)[:, None, None, None].expand(-1, 1, 16, 16) / 256)
-    torch.testing.assert_close(kl_map([flat, grid], x), plane + kl_map([grid], x))
+    torch.testing.assert_close(kl_map([flat, grid], x, x), plane + kl_map([grid], x, x))
 
 
 @pytest.mark.parametrize("changes", [{}, {"latent": "flat", "tile_size": 16}, {"channels": 3}])

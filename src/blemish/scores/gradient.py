@@ -58,7 +58,8 @@ class InputGradientScore(ExplainedScore):
             residual = residual_tile(self.residual, output, x)
             loss = x.new_zeros(()) if self.of == "kl" else residual.sum()
             if self.of != "residual":
-                loss = loss + (1 if self.of == "kl" else self.beta) * kl_map(latents_of(output, self), x).sum()
+                kl = kl_map(latents_of(output, self), output.observed, x)
+                loss = loss + (1 if self.of == "kl" else self.beta) * kl.sum()
             slope = gradient(self, loss, x)[:, : output.observed.shape[1]]  # of a pair, the reference has no slope
             score = slope.abs().mean(dim=1, keepdim=True)
         if self.times_residual:

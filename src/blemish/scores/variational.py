@@ -11,23 +11,31 @@ from torch import Tensor, nn
 
 from blemish.models.contracts import Latent
 from blemish.residuals import Residual
-from blemish.scores.contracts import NO_RANDOM_NUMBERS, ExplainedScore, check_counts, check_not_negative, latents_of
+from blemish.scores.contracts import (
+    NO_RANDOM_NUMBERS,
+    ExplainedScore,
+    check_counts,
+    check_not_negative,
+    latents_of,
+    residual_tile,
+)
 
 _AS_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
-def kl_map(latents: Sequence[Latent], x: Tensor) -> Tensor:
-    """KL divergence, in nats per pixel value, where it arises: (B, 1, H, W) for tiles x (B, C, H, W).
+def kl_map(latents: Sequence[Latent], observed: Tensor, x: Tensor) -> Tensor:
+    """KL divergence, in nats per value of `observed`, where it arises: (B, 1, H, W) for tiles x (B, C, H, W).
 
-    Summed over latent dimensions and levels; each level's grid is enlarged bilinearly, a flat code makes a constant
-    plane. The mean over the tile is the KL term of `ReconstructionObjective`.
+    `observed`, (B, D, h, w), is what the model compares: the tiles themselves, or features. Summed over latent
+    dimensions and levels; each level's grid is enlarged bilinearly, a flat code makes a constant plane. The mean over
+    the tile is the KL term of training.
     """
     total = torch.zeros_like(x[:, :1])
     for latent in latents:
         kl = latent.kl().float()
         kl = kl if kl.ndim == 4 else kl[:, :, None, None]
-        # A cell's KL is shared by the values of the pixels that it stands for.
-        share = kl.shape[-2] * kl.shape[-1] / x[0].numel()
+        # A cell's KL is shared by the values that it stands for.
+        share = kl.shape[-2] * kl.shape[-1] / observed[0].numel()
         grid = kl.sum(dim=1, keepdim=True) * share
         total = total + F.interpolate(grid, x.shape[-2:], mode="bilinear", align_corners=False)
     return total.clamp(min=0)  # rounding may leave less than nothing
@@ -43,7 +51,7 @@ class KlScore(ExplainedScore):
     @torch.inference_mode()
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         output = model(x)
-        return kl_map(latents_of(output, self), x), output.expected
+        return kl_map(latents_of(output, self), output.observed, x), output.expected
 
 
 class ElboScore(ExplainedScore):
@@ -68,8 +76,8 @@ class ElboScore(ExplainedScore):
     @torch.inference_mode()
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         output = model(x)
-        kl = kl_map(latents_of(output, self), x)
-        return self.residual(output.observed, output.expected) + self.beta * kl, output.expected
+        kl = kl_map(latents_of(output, self), output.observed, x)
+        return residual_tile(self.residual, output, x) + self.beta * kl, output.expected
 
 
 class MonteCarloScore(ExplainedScore):
@@ -101,7 +109,7 @@ class MonteCarloScore(ExplainedScore):
             for tile in torch.split(x, 1):
                 with seeded(self.seed, x.device):
                     output = model(torch.cat([tile] * self.draws))
-                scores.append(self.residual(output.observed, output.expected).mean(dim=0, keepdim=True))
+                scores.append(residual_tile(self.residual, output, tile).mean(dim=0, keepdim=True))
                 expected.append(output.expected.mean(dim=0, keepdim=True))
         return torch.cat(scores), torch.cat(expected)
 
