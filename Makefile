@@ -35,7 +35,7 @@ check: lint types test ## everything that a change must pass
 
 benchmark: $(STAMP) ## training and prediction speed, as ratios to bare PyTorch
 	$(BIN)/python scripts/benchmark_training.py
-	$(BIN)/python scripts/benchmark_prediction.py
+	$(BIN)/python scripts/benchmark_inference.py
 
 benchmark-models: $(STAMP) ## models x data sets x seeds, resumable (DATA="data.NAME=FOLDER ..." names the data sets)
 	$(BIN)/python scripts/benchmark.py scripts/benchmark.yaml out=runs/benchmark $(DATA)

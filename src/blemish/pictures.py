@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -45,15 +47,25 @@ def as_rgb(pixels: Pixels) -> Picture:
 def heat_map(score_map: FloatArray, threshold: float, pixels: Pixels, mask: Mask | None = None) -> Picture:
     """Lay a score map over its image, coloured relative to `threshold`; outline `mask` in cyan."""
     picture = np.empty((*score_map.shape, 3), dtype=np.uint8)
+    mixtures = _mixtures()
     for first in range(0, len(score_map), _ROWS):
         rows = slice(first, first + _ROWS)
-        level = _level(score_map[rows], threshold)
-        opacity = _OPACITY[level]
-        picture[rows] = (as_rgb(pixels[rows]) * (1 - opacity) + _COLOUR[level] * opacity).round()
+        level = _level(score_map[rows], threshold).astype(np.uint16) << 8
+        shown = as_rgb(pixels[rows])
+        for channel, mixed in enumerate(mixtures):
+            np.take(mixed, level | shown[..., channel], out=picture[rows, :, channel], mode="clip")
     if mask is not None and mask.any():
         outlines, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, outlines, -1, _OUTLINE, thickness=max(1, min(mask.shape) // 400))
     return picture
+
+
+@cache
+def _mixtures() -> npt.NDArray[np.uint8]:
+    """(3, 256 * 256): what a channel's pixel value becomes under each level of the scale, level by level."""
+    values = np.arange(256, dtype=np.float32)
+    mixed = values * (1 - _OPACITY) + (_COLOUR * _OPACITY).T[..., None]
+    return np.ascontiguousarray(mixed.round().astype(np.uint8).reshape(3, -1))
 
 
 def hatched(picture: Picture, valid: Mask) -> Picture:
