@@ -1,0 +1,58 @@
+"""A detector that was never trained, for measurements of speed and memory, which do not depend on the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+
+def invent_run(folder: Path, overrides: Sequence[str] = (), side: int = 128) -> Path:
+    """The default model with settings of `blemish train`, calibrated on a few random images of `side` pixels."""
+    import torch
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from blemish import __version__
+    from blemish.calibration import Calibration, Promise
+    from blemish.checkpoint import assemble, build_model, save_detector
+    from blemish.cli import config_folder
+
+    torch.manual_seed(0)
+    settled = ["data.root=.", "image.channels=1", "image.square=null", "trainer=cpu"]
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", [*settled, f"tiling.size={side}", *overrides])
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    detector = assemble(settings, build_model(settings))
+    images = random_images(19, side)
+    scores = [float(score_map.max()) for score_map in detector.score_maps(images)]
+    calibration = Calibration.fit(scores, [str(place) for place in range(19)], Promise(), detector.fingerprint)
+    about = {"version": __version__, "trained_on": [], "trained_groups": []}
+    save_detector(folder, settings, detector, calibration, about)
+    return folder
+
+
+def random_images(count: int, side: int, seed: int = 0) -> list[npt.NDArray[np.uint8]]:
+    """(side, side, 1) of smooth structure with a little noise, which compresses about as a photograph does."""
+    import cv2
+
+    rng, images = np.random.default_rng(seed), []
+    for _ in range(count):
+        coarse = rng.random((max(2, side // 16), max(2, side // 16)), dtype=np.float32)
+        image = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC) * 200
+        image += rng.normal(0, 3, (side, side)).astype(np.float32)
+        images.append(np.clip(image, 0, 255).astype(np.uint8)[..., None])
+    return images
+
+
+def save_images(images: Sequence[npt.NDArray[np.uint8]], folder: Path) -> list[Path]:
+    """As 00000.png and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{place:05}.png" for place in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image[..., 0]).save(path)
+    return paths
