@@ -32,8 +32,9 @@ from invented_run import invent_run, random_images, save_images
 
 BATCHES = (1, 32)
 ROUNDS, LEAST_SECONDS = 3, 1.0
-STAGED_SIDES, STAGED_IMAGES = (128, 512), 64
+STAGED_SIDES, STAGED_IMAGES = (192, 384, 768), 64
 PEER_SIDE, PEER_BANK = 256, 1000
+FULL_SIZE = ("image.square=null", "image.short_side=null")
 
 Task = Callable[[], Any]
 
@@ -231,7 +232,7 @@ def stage_tables(staged: Mapping[int, Staged]) -> list[str]:
         for name, rate in found.predicted.items()
     ]
     return [
-        as_table(["image", *names, "forward (torch)"], rows),
+        as_table(["image", *names, "forward in torch"], rows),
         as_table(["image", "engine", "images/s, everything written", "bare forward, 32 tiles", "ratio"], ratios),
     ]
 
@@ -257,7 +258,7 @@ def against_peer(folder: Path) -> str:
     from blemish import load_detector
     from peer_patchcore import Peer, software
 
-    detector: Any = load_detector(invent_run(folder / "peer", side=PEER_SIDE), "cpu")
+    detector: Any = load_detector(invent_run(folder / "peer", FULL_SIZE, PEER_SIDE), "cpu")
     images = random_images(32, PEER_SIDE)
     features = Peer().patches(images[:1]).shape[1]
     peer = Peer(torch.rand(PEER_BANK, features))
@@ -294,15 +295,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            run = arguments.run or invent_run(folder / "run")
-            detector: Any = load_detector(run, "cpu")
+            run = arguments.run or invent_run(folder / "default")
+            # The default brings images to the size of a tile; here they keep theirs, and are cut.
+            cutting = arguments.run or invent_run(folder / "cutting", FULL_SIZE)
+            detector: Any = load_detector(cutting, "cpu")
         except BlemishError as error:
             sys.exit(f"benchmark_inference: {error}")
         peak = machine_peak()
         size, channels = detector.tiling.size, detector.preprocess.channels
         work = gflop_per_tile(detector.scorer, channels, size)
-        engines, missing = engines_of(run, detector, folder)
+        engines, missing = engines_of(cutting, detector, folder / "cutting")
         table = engine_rows(engines, arguments.sides, work, peak["convolution"])
+        engines, _ = engines_of(run, load_detector(run, "cpu"), folder / "default")
         tables = stage_tables({side: stages(engines, side, folder) for side in STAGED_SIDES})
         rules, peer = mask_rules(detector), against_peer(folder)
     others = cores_of_others(busy, busy_seconds(), time.process_time() - own, time.perf_counter() - began)
@@ -317,13 +321,13 @@ def main() -> None:
             f"{machine['torch']}; other processes kept {'unknown' if others is None else others} cores busy meanwhile.",
             "Peak, float32: " + ", ".join(f"{kind} {rate:.0f} GFLOP/s" for kind, rate in peak.items()) + ".",
             "## Engines",
-            "From pixels in memory to score maps; the bare forward pass has its tiles ready; the peak is that of the "
-            "convolution.",
+            "From pixels in memory, scored at their own size, to score maps; the bare forward pass has its tiles ready; "
+            "the peak is that of the convolution.",
             as_table(headers, table),
             *missing,
             "## Stages",
-            "Milliseconds per image, one thread but for the forward pass; `predict` decodes and writes in other "
-            "threads meanwhile.",
+            "With the default settings, which score an image as one tile. Milliseconds per image, one thread but for "
+            "the forward pass; `predict` decodes and writes in other threads meanwhile.",
             *tables,
             f"Mask rules on a map of 1000 x 1000: {rules}.",
             "## The peer",

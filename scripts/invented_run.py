@@ -11,8 +11,11 @@ import numpy.typing as npt
 from PIL import Image
 
 
-def invent_run(folder: Path, overrides: Sequence[str] = (), side: int = 128) -> Path:
-    """The default model with settings of `blemish train`, calibrated on a few random images of `side` pixels."""
+def invent_run(folder: Path, overrides: Sequence[str] = (), side: int = 192) -> Path:
+    """The default model with settings of `blemish train`, calibrated on a few random images of `side` pixels.
+
+    Its tiles have that side, too, as the default's have wherever half of the images are large enough.
+    """
     import torch
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -23,7 +26,7 @@ def invent_run(folder: Path, overrides: Sequence[str] = (), side: int = 128) -> 
     from blemish.cli import config_folder
 
     torch.manual_seed(0)
-    settled = ["data.root=.", "image.channels=1", "image.square=null", "trainer=cpu"]
+    settled = ["data.root=.", "image.channels=1", "trainer=cpu"]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("train", [*settled, f"tiling.size={side}", *overrides])
     settings: Any = OmegaConf.to_container(config, resolve=True)
