@@ -321,8 +321,8 @@ def main() -> None:
             f"{machine['torch']}; other processes kept {'unknown' if others is None else others} cores busy meanwhile.",
             "Peak, float32: " + ", ".join(f"{kind} {rate:.0f} GFLOP/s" for kind, rate in peak.items()) + ".",
             "## Engines",
-            "From pixels in memory, scored at their own size, to score maps; the bare forward pass has its tiles ready; "
-            "the peak is that of the convolution.",
+            "From pixels in memory, scored at their own size, to score maps; the bare forward pass has its tiles "
+            "ready; the peak is that of the convolution.",
             as_table(headers, table),
             *missing,
             "## Stages",
