@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import tempfile
+
 import cv2
 import numpy as np
 import pytest
@@ -22,8 +25,8 @@ def files(tmp_path, save, texture):
     return [save(tmp_path / f"{number}.png", texture(number)) for number in range(7)]
 
 
-def cache(files, limit=1e9, channels=1, max_side=None):
-    return ImageCache(files, Preprocess(channels, max_side), limit, "train", progress=False)
+def cache(files, limit=1e9, channels=1, max_side=None, disk=0.0):
+    return ImageCache(files, Preprocess(channels, max_side), limit, "train", disk, progress=False)
 
 
 def numbered(tmp_path, save, count=5):
@@ -158,6 +161,26 @@ def test_cache_below_its_limit_reads_each_file_once(files):
         path.unlink()
     for index in range(7):
         np.testing.assert_array_equal(held[index], before[index], strict=True)
+
+
+def test_what_memory_does_not_hold_is_mapped_from_a_file(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    size = 40 * 48
+    held, mapped = cache(files), cache(files, limit=2 * size, disk=3.5 * size)
+    for path in files:
+        path.unlink()
+    assert [readable(mapped, index) for index in range(7)] == [True] * 5 + [False] * 2
+    other = pickle.loads(pickle.dumps(mapped))  # as another process gets it
+    for index in range(5):
+        np.testing.assert_array_equal(mapped[index], held[index], strict=True)
+        np.testing.assert_array_equal(other[index], held[index], strict=True)
+    assert isinstance(mapped[4], np.memmap)
+    assert [file.stat().st_size for file in tmp_path.glob("temporary/*/*")] == [3 * size]
+    del other
+    assert mapped[4] is not None
+    del mapped
+    assert not list(tmp_path.glob("temporary/*"))
 
 
 def test_cache_keeps_within_its_limit(files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -73,9 +74,57 @@ def test_another_seed_gives_other_weights_and_parts(train, tiny_run):
     assert (other / "splits.csv").read_text() != (tiny_run / "splits.csv").read_text()
 
 
-@pytest.mark.parametrize("setting", ["training.cache_gb=0", pytest.param("training.workers=1", marks=pytest.mark.slow)])
-def test_how_tiles_are_prepared_changes_no_bit(train, tiny_run, setting):
-    assert_same_weights(train(setting), tiny_run)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("training.cache_gb=0",),
+        pytest.param(("training.cache_gb=0", "training.disk_gb=0"), marks=pytest.mark.slow),
+        pytest.param(("training.cache_gb=0", "training.workers=1"), marks=pytest.mark.slow),
+    ],
+)
+def test_how_tiles_are_prepared_changes_no_bit(train, tiny_run, settings):
+    assert_same_weights(train(*settings), tiny_run)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_detector_but_for_rounding(train, tiny_run):
+    run = train("training.compile=true")
+    ours, theirs = read_checkpoint(run)["state_dict"], read_checkpoint(tiny_run)["state_dict"]
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-4)
+    assert_same_weights(train("training.compile=true", name="again"), run)
+
+
+def test_compiling_takes_the_place_of_every_forward_pass_in_training(train, monkeypatch):
+    calls = []
+
+    def recorded(function):
+        def forward(x):
+            calls.append(torch.is_grad_enabled())
+            return function(x)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    train("training.compile=true")
+    assert set(calls) == {True, False}  # training and validation
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [("conv_ae", r"needs a C\+\+ compiler"), ("adversarial_ae", "learns otherwise: leave it out")],
+)
+def test_what_cannot_be_compiled_is_one_sentence(run_cli, tiny_data, tiny, tmp_path, monkeypatch, model, sentence):
+    def missing(function):
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    words = ["train", "data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}", *tiny]
+    result = run_cli([*words, f"model={model}", "training.compile=true"])
+    assert result.code == 2
+    assert re.search(sentence, result.sentences[-1])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,23 +17,32 @@ from tqdm import tqdm
 from blemish.data.augment import Augmentation
 from blemish.data.images import Pixels, read_pixels, to_unit
 from blemish.errors import DataError, ImageError
+from blemish.files import explain_write_errors
 from blemish.preprocess import Preprocess
 from blemish.streaming import map_ahead
 from blemish.tiling import Tiling, pad_to_tile
 
 
 class ImageCache:
-    """Preprocessed images at their own bit depth, in memory up to `limit` bytes; the rest is decoded on demand.
+    """Preprocessed images at their own bit depth: in memory up to `limit` bytes, then mapped from a temporary file of
+    up to `disk` bytes (and half of what is free there); the rest is decoded whenever it is asked for.
 
     Raises:
-        DataError: images cannot be read; says how many and which is the first.
+        DataError: images cannot be read; says how many and which is the first. BlemishError: the disk is full.
     """
 
     def __init__(
-        self, paths: Sequence[Path], preprocess: Preprocess, limit: float, name: str, progress: bool = True
+        self,
+        paths: Sequence[Path],
+        preprocess: Preprocess,
+        limit: float,
+        name: str,
+        disk: float = 0.0,
+        progress: bool = True,
     ) -> None:
         self._paths, self._preprocess = list(paths), preprocess
         self._held: dict[int, Pixels] = {}
+        self._mapped = MappedImages(disk)
         used, broken = 0, []
         decoded = map_ahead(self._try, range(len(self._paths)), cost=lambda _: 0, budget=0, workers=2, most=8)
         bar = tqdm(decoded, f"reading {name}", len(self._paths), unit="image", disable=not progress, leave=False)
@@ -40,6 +52,8 @@ class ImageCache:
             elif used + pixels.nbytes <= limit:
                 used += pixels.nbytes
                 self._held[index] = pixels
+            else:
+                self._mapped.add(index, pixels)
         if broken:
             raise DataError(
                 f"{len(broken)} of {len(paths)} images of the {name} part cannot be used. {broken[0]} "
@@ -57,8 +71,43 @@ class ImageCache:
 
     def __getitem__(self, index: int) -> Pixels:
         """(H, W, C) at the image's own bit depth."""
-        held = self._held.get(index)
-        return held if held is not None else self._preprocess(read_pixels(self._paths[index]))
+        for kept in (self._held, self._mapped):
+            if index in kept:
+                return kept[index]
+        return self._preprocess(read_pixels(self._paths[index]))
+
+
+class MappedImages:
+    """Images in a temporary file of up to `limit` bytes, which is removed with the process that wrote it."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit, self._end = limit, 0
+        self._places: dict[int, tuple[int, tuple[int, ...], np.dtype[np.generic]]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._file = Path()
+
+    def add(self, index: int, pixels: Pixels) -> None:
+        """Append an image, if there is still room for it."""
+        if self._folder is None and self._limit:
+            self._folder = tempfile.TemporaryDirectory(prefix="blemish-")
+            self._file = Path(self._folder.name) / "images"
+            self._limit = min(self._limit, shutil.disk_usage(self._folder.name).free / 2)
+        if self._end + pixels.nbytes <= self._limit:
+            with explain_write_errors(self._file), self._file.open("ab") as file:
+                file.write(np.ascontiguousarray(pixels).data)
+            self._places[index] = self._end, pixels.shape, pixels.dtype
+            self._end += pixels.nbytes
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._places
+
+    def __getitem__(self, index: int) -> Pixels:
+        """(H, W, C); only what is looked at is read."""
+        offset, shape, dtype = self._places[index]
+        return np.memmap(self._file, dtype, "r", offset, shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folder": None}  # another process reads the file, and leaves it where it is
 
 
 class TrainingTiles(Dataset[Tensor]):

@@ -22,7 +22,7 @@ from blemish.data.datamodule import TileDataModule
 from blemish.data.datasets import TrainingTiles, ValidationTiles
 from blemish.errors import CheckpointError, ConfigError
 from blemish.files import explain_write_errors
-from blemish.models.contracts import Adversarial
+from blemish.models.contracts import Adversarial, Fittable
 from blemish.scores.contracts import Score
 from blemish.training.adversarial import AdversarialTask, check_adversarial, without_clipping
 from blemish.training.callbacks import BestCheckpoint, Panel, Patience, SyntheticWatch
@@ -56,7 +56,9 @@ class TrainingSettings:
         learning_rate: the peak of the one-cycle schedule. weight_decay: AdamW's.
         patience: epochs without a better validation loss before training stops; null never stops early.
         workers: processes that prepare tiles (0: none). channels_last: memory format of the model.
-        cache_gb: memory for decoded images. panel_every: epochs between pictures in TensorBoard.
+        cache_gb: memory for decoded images. disk_gb: temporary disk space for those beyond that.
+        panel_every: epochs between pictures in TensorBoard.
+        compile: whether torch.compile prepares the model, see `check_compile`.
 
     Raises:
         ConfigError: a number is out of range.
@@ -72,6 +74,8 @@ class TrainingSettings:
     channels_last: bool
     cache_gb: float
     panel_every: int
+    disk_gb: float = 16.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "steps_per_epoch", "learning_rate", "panel_every"):
@@ -82,7 +86,7 @@ class TrainingSettings:
                 f"Expected training.steps to be a multiple of training.steps_per_epoch, found {self.steps} and "
                 f"{self.steps_per_epoch}."
             )
-        for name in ("weight_decay", "workers", "cache_gb"):
+        for name in ("weight_decay", "workers", "cache_gb", "disk_gb"):
             if getattr(self, name) is None or getattr(self, name) < 0:
                 raise ConfigError(f"Expected training.{name} >= 0, found {getattr(self, name)}.")
         if self.patience is not None and self.patience < 1:
@@ -132,6 +136,7 @@ def fit(
         seed,
         settings.channels_last,
         standardise,
+        settings.compile,
     )
     arguments = dict(trainer) | {"precision": pick_precision(trainer)}
     if isinstance(model, Adversarial):
@@ -203,6 +208,22 @@ def check_trainer(trainer: Mapping[str, Any], model: nn.Module) -> None:
             check_adversarial(trainer, arguments["precision"], lightning.world_size)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"The settings of trainer do not fit: {error}") from error
+
+
+def check_compile(model: nn.Module) -> None:
+    """Raise ConfigError if torch.compile cannot prepare this model, or nothing on this machine."""
+    if isinstance(model, (Adversarial, Fittable)):
+        raise ConfigError(
+            f"training.compile=true is for models that the trainer trains by one loss, and {type(model).__name__} "
+            "learns otherwise: leave it out."
+        )
+    try:
+        torch.compile(torch.neg)(torch.zeros(2))
+    except Exception as error:  # of a compiler that is missing, in any of its ways
+        raise ConfigError(
+            "training.compile=true needs a C++ compiler (and on a GPU Triton) that torch.compile can use, found none "
+            f"that works ({type(error).__name__}): install one, such as g++, or leave it out."
+        ) from error
 
 
 def pick_precision(trainer: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from blemish.standardise import standardised
 from blemish.sweep import Report
 from blemish.tiling import Tiling
 from blemish.training.callbacks import Pruned, SyntheticWatch
-from blemish.training.fit import TrainingSettings, check_trainer, fit, load_best
+from blemish.training.fit import TrainingSettings, check_compile, check_trainer, fit, load_best
 from blemish.training.objectives import ReconstructionObjective
 
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
@@ -134,16 +134,18 @@ class _Parts:
         torch.manual_seed(settings["seed"])
         model = build_model(settings)
         check_trainer(settings["trainer"], model)
+        if training.compile:
+            check_compile(model)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
         promise, _ = read_settings(settings["calibration"])
         pipeline.check_classes_told(promise, classes_of(model), len(splits.of("calibration")))
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
-        limit = training.cache_gb * 2**30
+        limit, disk = training.cache_gb * 2**30, training.disk_gb * 2**30
 
         def cached(split: Split, share: float) -> ImageCache:
             paths = [item.record.path for item in splits.of(split)]
-            return ImageCache(paths, preprocess, share * limit, split)
+            return ImageCache(paths, preprocess, share * limit, split, share * disk)
 
         images, held_out = cached("train", 0.9), cached("validation", 0.1)
         cached("calibration", 0)  # only to find unreadable ones now, and not after the training

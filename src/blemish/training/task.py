@@ -19,7 +19,8 @@ from blemish.training.objectives import Loss, ReconstructionObjective
 class ReconstructionTask(pl.LightningModule):
     """Corrupt a tile, let the model say what it expects, compare with the clean tile.
 
-    The learning rate follows one cycle (Smith and Topin, arXiv 1708.07120) over `steps` optimiser steps.
+    The learning rate follows one cycle (Smith and Topin, arXiv 1708.07120) over `steps` optimiser steps. `compiled`
+    lets torch.compile make one program of the model's forward and backward pass.
 
     Randomness is seeded per epoch from (seed, epoch, rank), not carried along: a training resumed at an epoch's
     start is the one that was never interrupted, on a CPU bit for bit.
@@ -38,10 +39,13 @@ class ReconstructionTask(pl.LightningModule):
         seed: int,
         channels_last: bool = True,
         standardise: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self._format)
+        # Of the method, not the module: names in checkpoints stay, and the model itself is as it was.
+        self._forward = torch.compile(model.forward) if compiled else self.model.__call__
         self.objective = objective
         self.corruption = corruption
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -67,7 +71,7 @@ class ReconstructionTask(pl.LightningModule):
 
     def _loss(self, x: Tensor) -> Loss:
         given, target, mask = self._corrupted(x)
-        loss: Loss = self.objective(self.model(given), observed_by(self.model, target), mask, self.global_step)
+        loss: Loss = self.objective(self._forward(given), observed_by(self.model, target), mask, self.global_step)
         return loss
 
     def held_out(self, loss: Loss) -> Tensor:
@@ -92,7 +96,7 @@ class ReconstructionTask(pl.LightningModule):
         self.log("val/loss", self.held_out(self._loss(batch)), prog_bar=True, sync_dist=True)
         # What the score map will be made of, on clean input.
         shown = self.shown(batch)
-        clean = self.objective.residual(observed_by(self.model, shown), self.model(shown).expected)
+        clean = self.objective.residual(observed_by(self.model, shown), self._forward(shown).expected)
         self.log("val/score", clean.amax(dim=(1, 2, 3)).mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
