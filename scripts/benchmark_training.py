@@ -1,16 +1,19 @@
-"""Training throughput through `blemish train` against a bare PyTorch loop, and with corruption against without.
+"""Training throughput through `blemish train` against a bare PyTorch loop, without corruption, compiled, and the peak.
 
     python scripts/benchmark_training.py [steps]
 
 All train the default model with the default settings (batch, precision, objective, optimiser, schedule) on the
-same number of tiles of random images; the bare loops have their tiles in memory as one tensor, and one of them leaves
-the corruption out. They alternate, epoch by epoch, in one process, so that a machine that slows down slows all.
-blemish's time is that of an epoch of training steps: loader, Lightning, logging and progress bar included; validation
-is not.
+same number of tiles of random images; the bare loops have their tiles in memory as one tensor, one of them leaves
+the corruption out, and one compiles the model. They alternate, epoch by epoch, in one process, so that a machine that
+slows down slows all. blemish's time is that of an epoch of training steps: loader, Lightning, logging and progress bar
+included; validation is not. The first epoch warms up all, and shows what compiling costs where nothing is cached. The
+share of the peak is that of a step's multiplications and additions, as PyTorch counts them, in units of what a large
+matrix product reaches in the same precision.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -19,12 +22,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# Before torch: what an earlier run compiled would hide the cost.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.flop_counter import FlopCounterMode
 
 from blemish.build import build
 from blemish.checkpoint import build_model
@@ -61,10 +68,18 @@ class Interleaved(pl.Callback):
 class BareLoop:
     """What one would write by hand: a tensor of tiles, a model, a loss, an optimiser."""
 
-    def __init__(self, settings: dict[str, Any], corruption: Corruption, tiles: torch.Tensor, epochs: int) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        corruption: Corruption,
+        tiles: torch.Tensor,
+        epochs: int,
+        compiled: bool = False,
+    ) -> None:
         training = settings["training"]
         self.tiles, self.batch = tiles, training["batch_size"]
         self.model = build_model(settings).to(memory_format=torch.channels_last).train()
+        self.forward = torch.compile(self.model.forward) if compiled else self.model.__call__
         self.objective, self.corruption = build(settings["objective"]), corruption
         self.low = pick_precision(settings["trainer"]) == "bf16-mixed"
         self.optimizer = torch.optim.AdamW(
@@ -76,18 +91,40 @@ class BareLoop:
 
     def epoch(self) -> None:
         for _ in range(STEPS):
-            chosen = torch.randint(len(self.tiles), (self.batch,))
-            x = self.tiles[chosen].contiguous(memory_format=torch.channels_last)
-            given, target, mask = self.corruption(x)
-            light = Light.of(given)
-            given, target = light.remove(given).contiguous(memory_format=torch.channels_last), light.remove(target)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
-                loss = self.objective(self.model(given), target, mask, 0).total
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.schedule.step()
+            self.step()
+
+    def step(self) -> None:
+        chosen = torch.randint(len(self.tiles), (self.batch,))
+        x = self.tiles[chosen].contiguous(memory_format=torch.channels_last)
+        given, target, mask = self.corruption(x)
+        light = Light.of(given)
+        given, target = light.remove(given).contiguous(memory_format=torch.channels_last), light.remove(target)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
+            loss = self.objective(self.forward(given), target, mask, 0).total
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+
+
+def gflop_per_step(loop: BareLoop) -> float:
+    """Of the forward and the backward pass."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loop.step()
+    return counter.get_total_flops() / 1e9
+
+
+def peak_gflop_per_second(low: bool, side: int = 2048, seconds: float = 1.0) -> float:
+    """Of a large matrix product in bfloat16 or float32."""
+    matrix = torch.rand(side, side, dtype=torch.bfloat16 if low else torch.float32)
+    torch.mm(matrix, matrix)
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        torch.mm(matrix, matrix)
+        calls += 1
+    return 2 * side**3 * calls / 1e9 / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -117,8 +154,12 @@ def main() -> None:
         STEPS,
         training["workers"],
     )
-    loops = {"bare loop": build(settings["corruption"]), "without corruption": NoCorruption()}
-    timer = Interleaved({name: BareLoop(settings, kind, tiles, epochs) for name, kind in loops.items()})
+    loops = {
+        "bare loop": BareLoop(settings, build(settings["corruption"]), tiles, epochs + 1),
+        "without corruption": BareLoop(settings, NoCorruption(), tiles, epochs),
+        "compiled": BareLoop(settings, build(settings["corruption"]), tiles, epochs, compiled=True),
+    }
+    timer = Interleaved(loops)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             **(settings["trainer"] | {"precision": pick_precision(settings["trainer"])}),
@@ -136,9 +177,17 @@ def main() -> None:
     seconds = {name: values[1:] for name, values in timer.seconds.items()}  # the first epoch warms up all
     for name, values in seconds.items():
         print(f"{name}: {tiles_per_epoch / statistics.median(values):.1f} tiles/s")
-    for of, to in (("blemish", "bare loop"), ("bare loop", "without corruption")):
+    for of, to in (("blemish", "bare loop"), ("bare loop", "without corruption"), ("compiled", "bare loop")):
         ratios = [other / own for own, other in zip(seconds[of], seconds[to], strict=True)]
         print(f"{of} / {to}: {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
+    slow, fast = (statistics.median(seconds[name]) for name in ("bare loop", "compiled"))
+    cost = timer.seconds["compiled"][0] - fast
+    pays = f"pays after {cost / (slow - fast) * STEPS:.0f} steps" if fast < slow else "never pays"
+    print(f"compiling takes {cost:.0f} s and {pays}")
+    bare = loops["bare loop"]
+    work, peak = gflop_per_step(bare), peak_gflop_per_second(bare.low)
+    rate = work * STEPS / slow
+    print(f"bare loop: {work:.1f} GFLOP a step, {rate:.0f} GFLOP/s, {rate / peak:.0%} of {peak:.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

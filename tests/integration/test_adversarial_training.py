@@ -92,7 +92,7 @@ def test_both_players_learn_also_on_corrupted_tiles(changes, run_cli, tiny_data,
 
 def test_a_trainer_that_cannot_work_is_refused_before_training(run_cli, tiny_data, tiny, tmp_path):
     run = tmp_path / "run"
-    wrong = "+trainer.accumulate_grad_batches=2"
+    wrong = "training.accumulate=2"
     result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", *tiny, *CHANGES, wrong])
-    assert result.code == 2 and "accumulate_grad_batches=1, found 2" in result.sentences[0]
+    assert result.code == 2 and "training.accumulate=1, found 2" in result.sentences[0]
     assert not run.exists()

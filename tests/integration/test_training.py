@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from blemish import load_detector
 from blemish.checkpoint import read_checkpoint
+from blemish.training.task import ReconstructionTask
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -84,6 +85,22 @@ def test_another_seed_gives_other_weights_and_parts(train, tiny_run):
 )
 def test_how_tiles_are_prepared_changes_no_bit(train, tiny_run, settings):
     assert_same_weights(train(*settings), tiny_run)
+
+
+def test_steps_of_several_batches_keep_their_number_and_the_cycle(train, monkeypatch):
+    batches, rates = [], []
+    step = ReconstructionTask.training_step
+
+    def watched(self, batch, number):
+        batches.append(self.global_step)
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return step(self, batch, number)
+
+    monkeypatch.setattr(ReconstructionTask, "training_step", watched)
+    run = train("training.accumulate=3")
+    assert batches == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]  # TINY has 4 steps
+    assert rates[:3] == rates[:1] * 3 and rates[-1] < 1e-4 < max(rates)
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
 
 
 @pytest.mark.slow

@@ -183,14 +183,14 @@ def test_clipping_is_taken_out_of_the_trainer():
 
 
 @pytest.mark.parametrize(
-    ("trainer", "precision", "devices", "sentence"),
+    ("accumulate", "precision", "devices", "sentence"),
     [
-        ({}, "16-mixed", 1, r"trainer\.precision=bf16-mixed or 32-true, found 16-mixed"),
-        ({"accumulate_grad_batches": 2}, "32-true", 1, r"accumulate_grad_batches=1, found 2"),
-        ({}, "32-true", 2, r"one device, found 2: set trainer\.devices=1"),
+        (1, "16-mixed", 1, r"trainer\.precision=bf16-mixed or 32-true, found 16-mixed"),
+        (2, "32-true", 1, r"training\.accumulate=1, found 2"),
+        (1, "32-true", 2, r"one device, found 2: set trainer\.devices=1"),
     ],
 )
-def test_trainers_that_cannot_work_are_refused_in_words(trainer, precision, devices, sentence):
+def test_trainers_that_cannot_work_are_refused_in_words(accumulate, precision, devices, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        check_adversarial(trainer, precision, devices)
-    check_adversarial({"accumulate_grad_batches": 1}, "bf16-mixed", 1)
+        check_adversarial(accumulate, precision, devices)
+    check_adversarial(1, "bf16-mixed", 1)

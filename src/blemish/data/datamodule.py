@@ -17,27 +17,27 @@ def _as_is(batch: Any) -> Any:
 
 
 class TileDataModule(pl.LightningDataModule):
-    """Serves `steps_per_epoch` training batches an epoch, and all validation tiles.
+    """Serves `batches` training batches an epoch, and all validation tiles.
 
     Args:
-        batch_size: tiles per step and process.
+        batch_size: tiles in each, per process.
         workers: processes that cut and augment tiles; 0 does it in the training process, which on few cores is
             the fastest, because cached tiles cost little.
     """
 
     def __init__(
-        self, train: TrainingTiles, validation: ValidationTiles, batch_size: int, steps_per_epoch: int, workers: int = 0
+        self, train: TrainingTiles, validation: ValidationTiles, batch_size: int, batches: int, workers: int = 0
     ) -> None:
         super().__init__()
         self._train, self._validation = train, validation
-        self._batch_size, self._steps, self._workers = batch_size, steps_per_epoch, workers
+        self._batch_size, self._batches, self._workers = batch_size, batches, workers
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(
             self._train,
             batch_size=self._batch_size,
-            sampler=PositionSampler(self._steps, self._batch_size, rank, processes),
+            sampler=PositionSampler(self._batches, self._batch_size, rank, processes),
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=_on_gpu(self.trainer),

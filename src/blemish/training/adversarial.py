@@ -136,20 +136,20 @@ def without_clipping(trainer: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
     return rest, (float(value), str(algorithm or "norm")) if value else None
 
 
-def check_adversarial(trainer: Mapping[str, Any], precision: str, devices: int) -> None:
-    """Raise ConfigError if a model that learns against a discriminator cannot be trained with these arguments.
+def check_adversarial(accumulate: int, precision: str, devices: int) -> None:
+    """Raise ConfigError if a model that learns against a discriminator cannot be trained with these settings.
 
-    `precision`, `devices`: what "auto" means on this machine.
+    `accumulate`: batches per step. `precision`, `devices`: what "auto" means on this machine.
     """
     if precision == "16-mixed":
         raise ConfigError(
             "Adversarial models expect trainer.precision=bf16-mixed or 32-true, found 16-mixed, whose scaled gradients "
             "two players do not share: set one of these."
         )
-    if trainer.get("accumulate_grad_batches", 1) != 1:
+    if accumulate != 1:
         raise ConfigError(
-            "Adversarial models expect trainer.accumulate_grad_batches=1, found "
-            f"{trainer['accumulate_grad_batches']}: set a larger training.batch_size instead."
+            f"Adversarial models expect training.accumulate=1, found {accumulate}: set a larger training.batch_size "
+            "instead."
         )
     if devices > 1:
         raise ConfigError(f"Adversarial models train on one device, found {devices}: set trainer.devices=1.")

@@ -32,6 +32,7 @@ from blemish.training.task import ReconstructionTask
 CHECKPOINTS = "checkpoints"
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 _OWN_ARGUMENTS = {
+    "accumulate_grad_batches",
     "callbacks",
     "default_root_dir",
     "enable_checkpointing",
@@ -52,7 +53,7 @@ class TrainingSettings:
     interval between validations and checkpoints, and what a kill can lose.
 
     Args:
-        steps: optimiser steps in all. batch_size: tiles per step and process.
+        steps: optimiser steps in all. batch_size: tiles at once, per process. accumulate: batches per step.
         learning_rate: the peak of the one-cycle schedule. weight_decay: AdamW's.
         patience: epochs without a better validation loss before training stops; null never stops early.
         workers: processes that prepare tiles (0: none). channels_last: memory format of the model.
@@ -75,10 +76,11 @@ class TrainingSettings:
     cache_gb: float
     panel_every: int
     disk_gb: float = 16.0
+    accumulate: int = 1
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "steps_per_epoch", "learning_rate", "panel_every"):
+        for name in ("steps", "batch_size", "accumulate", "steps_per_epoch", "learning_rate", "panel_every"):
             if getattr(self, name) is None or getattr(self, name) <= 0:
                 raise ConfigError(f"Expected training.{name} to be positive, found {getattr(self, name)}.")
         if self.steps % self.steps_per_epoch:
@@ -125,7 +127,8 @@ def fit(
         KeyboardInterrupt: Ctrl-C.
     """
     _quieten()
-    data = TileDataModule(tiles, validation, settings.batch_size, settings.steps_per_epoch, settings.workers)
+    batches = settings.steps_per_epoch * settings.accumulate
+    data = TileDataModule(tiles, validation, settings.batch_size, batches, settings.workers)
     parts = (
         model.train(),  # Lightning keeps the mode that it finds
         objective,
@@ -161,6 +164,7 @@ def fit(
         logger=TensorBoardLogger(run, name="tensorboard", version=""),
         callbacks=callbacks,
         max_epochs=settings.steps // settings.steps_per_epoch,
+        accumulate_grad_batches=settings.accumulate,
         num_sanity_val_steps=0,
         log_every_n_steps=min(10, settings.steps_per_epoch),
         use_distributed_sampler=False,  # the position sampler divides the stream itself
@@ -189,8 +193,11 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_trainer(trainer: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise ConfigError if Lightning cannot work with these arguments on this machine, or not for this model."""
+def check_trainer(trainer: Mapping[str, Any], model: nn.Module, accumulate: int = 1) -> None:
+    """Raise ConfigError if Lightning cannot work with these arguments on this machine, or not for this model.
+
+    `accumulate`: batches per step.
+    """
     _quieten()
     taken = sorted(_OWN_ARGUMENTS & trainer.keys())
     if taken:
@@ -205,7 +212,7 @@ def check_trainer(trainer: Mapping[str, Any], model: nn.Module) -> None:
         if type(lightning.strategy.launcher).__name__ == "_SubprocessScriptLauncher":
             raise ConfigError("Several devices need trainer=ddp: other strategies would start the whole command anew.")
         if isinstance(model, Adversarial):
-            check_adversarial(trainer, arguments["precision"], lightning.world_size)
+            check_adversarial(accumulate, arguments["precision"], lightning.world_size)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"The settings of trainer do not fit: {error}") from error
 

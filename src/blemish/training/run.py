@@ -133,7 +133,7 @@ class _Parts:
             _check_normalisation(splits, normalisation, preprocess, settings["calibration"]["mask_rule"])
         torch.manual_seed(settings["seed"])
         model = build_model(settings)
-        check_trainer(settings["trainer"], model)
+        check_trainer(settings["trainer"], model, training.accumulate)
         if training.compile:
             check_compile(model)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
