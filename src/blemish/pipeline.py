@@ -383,7 +383,7 @@ def predict(
     anomalous = sum(row["decision"] == "anomalous" for row in before)
     errors = [row["error"] for row in before if row["error"]]
     ranked = [(-row["image_score"], row["path"], shown(row)) for row in before if not row["error"]]
-    rows = files.rows.append(map_ahead(write, scored(), area, PIXELS_AHEAD, workers=2))
+    rows = files.rows.append(map_ahead(write, scored(), area, PIXELS_AHEAD))
     for row in tqdm(rows, "predicting", len(pairs), initial=len(pairs) - len(todo), unit="image", disable=not progress):
         anomalous += row["decision"] == "anomalous"
         if row["error"]:

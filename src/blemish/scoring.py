@@ -1,4 +1,4 @@
-"""Scoring files in order: decoding runs ahead in a thread, neighbours of equal size share batches."""
+"""Scoring files in order: decoding runs ahead in threads, neighbours of equal size share batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ScoredFile:
 
 
 def score_files(detector: Detector, paths: Sequence[Path], explain: bool = False) -> Iterator[ScoredFile]:
-    """Score files in order: decoding runs ahead in a thread; an unreadable file yields its error."""
+    """Score files in order: decoding runs ahead in threads; an unreadable file yields its error."""
 
     def decode(path: Path) -> Pixels | ImageError:
         try:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+THREADS = max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+"""That decode, or write: codecs leave Python's lock to others, and one thread would starve a fast GPU."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -16,7 +20,7 @@ def map_ahead(
     items: Iterable[Item],
     cost: Callable[[Item], float],
     budget: float,
-    workers: int = 1,
+    workers: int = THREADS,
     most: int = 64,
 ) -> Iterator[Result]:
     """Yield `function(item)` in order, computed by threads ahead of the consumer.

@@ -19,7 +19,7 @@ from blemish.data.images import Pixels, read_pixels, to_unit
 from blemish.errors import DataError, ImageError
 from blemish.files import explain_write_errors
 from blemish.preprocess import Preprocess
-from blemish.streaming import map_ahead
+from blemish.streaming import THREADS, map_ahead
 from blemish.tiling import Tiling, pad_to_tile
 
 
@@ -44,7 +44,7 @@ class ImageCache:
         self._held: dict[int, Pixels] = {}
         self._mapped = MappedImages(disk)
         used, broken = 0, []
-        decoded = map_ahead(self._try, range(len(self._paths)), cost=lambda _: 0, budget=0, workers=2, most=8)
+        decoded = map_ahead(self._try, range(len(self._paths)), cost=lambda _: 0, budget=0, most=2 * THREADS)
         bar = tqdm(decoded, f"reading {name}", len(self._paths), unit="image", disable=not progress, leave=False)
         for index, pixels in enumerate(bar):
             if isinstance(pixels, ImageError):

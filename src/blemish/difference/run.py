@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,7 @@ def _each(work: Callable[[Pair], Result], pairs: Sequence[Pair]) -> Iterator[Res
             return 0
         return max(info.width * info.height for info in sizes)
 
-    return map_ahead(work, pairs, area, _PIXELS_AHEAD, workers=min(8, os.cpu_count() or 1))
+    return map_ahead(work, pairs, area, _PIXELS_AHEAD)
 
 
 def _compared(comparison: Comparison, pair: Pair) -> Difference:
