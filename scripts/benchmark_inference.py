@@ -256,12 +256,12 @@ def against_peer(folder: Path) -> str:
     import torch
 
     from blemish import load_detector
-    from peer_patchcore import Peer, software
+    from peer import PatchCore, software
 
     detector: Any = load_detector(invent_run(folder / "peer", FULL_SIZE, PEER_SIDE), "cpu")
     images = random_images(32, PEER_SIDE)
-    features = Peer().patches(images[:1]).shape[1]
-    peer = Peer(torch.rand(PEER_BANK, features))
+    features = PatchCore({}).learn(images[:1]).shape[1]
+    peer = PatchCore({}, {"bank": torch.rand(PEER_BANK, features)})
 
     def both(batch: int) -> dict[str, Task]:
         ready = replace(detector, tiling=replace(detector.tiling, batch=batch))

@@ -424,7 +424,7 @@ def test_fingerprint_is_of_the_settings_alone(scripts):
     ],
 )
 def test_names_of_the_weights_of_the_peer(scripts, key, name):
-    assert importlib.import_module("peer_patchcore").timm_name(key) == name
+    assert importlib.import_module("peer").timm_name(key) == name
 
 
 # --- for real -----------------------------------------------------------------------------------------------------

