@@ -136,7 +136,7 @@ def markdown(results: Sequence[Result]) -> str:
     done = [result for result in results if result["status"] == "done"]
     failed = [result for result in results if result["status"] == "failed"]
     software = ", ".join(dict.fromkeys(str(result.get("software")) for result in results))
-    commands = dict.fromkeys(result["command"] for result in results if result.get("command"))
+    commands = joined([result["command"] for result in results if result.get("command")])
     sections = [
         f"# Benchmark: {software}",
         "\n".join(f"    {command}" for command in commands),
@@ -150,6 +150,17 @@ def markdown(results: Sequence[Result]) -> str:
         MEASURED,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def joined(commands: Sequence[str]) -> list[str]:
+    """Each command once; those that differ in their rows only are one, with all of these."""
+    found: dict[tuple[str, bool], list[str]] = {}  # without any, a command runs all rows
+    for command in commands:
+        rest, rows = [], []
+        for word in command.split(" "):
+            (rows if word.startswith("rows=") else rest).append(word)
+        found.setdefault((" ".join(rest), bool(rows)), []).extend(row for word in rows for row in word[5:].split(","))
+    return [f"{rest} rows={','.join(dict.fromkeys(rows))}" if rows else rest for (rest, _), rows in found.items()]
 
 
 def _intro(done: Sequence[Result]) -> str:

@@ -427,6 +427,18 @@ def test_names_of_the_weights_of_the_peer(scripts, key, name):
     assert importlib.import_module("peer").timm_name(key) == name
 
 
+def test_commands_that_differ_in_rows_are_shown_as_one(scripts):
+    given = [
+        "run out=DIR rows=a,b",
+        "run out=DIR rows=b,c",
+        "run out=DIR",
+        "peer out=DIR bank=9",
+        "peer out=DIR bank=9",
+    ]
+    joined = importlib.import_module("benchmark_report").joined
+    assert joined(given) == ["run out=DIR rows=a,b,c", "run out=DIR", "peer out=DIR bank=9"]
+
+
 # --- for real -----------------------------------------------------------------------------------------------------
 
 
