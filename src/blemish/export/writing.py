@@ -80,7 +80,7 @@ def write(form: str, program: ExportedProgram, text: str, path: Path) -> None:
         ExportError: the format has no counterpart for a part of the graph. OSError: of the file.
     """
     try:
-        with _quiet():
+        with quiet():
             _WRITERS[form][0](program, text, path)
     except OSError:
         raise
@@ -89,7 +89,7 @@ def write(form: str, program: ExportedProgram, text: str, path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporters' progress and warnings, which speak of their own insides."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
