@@ -15,7 +15,9 @@ from blemish.sweep import LOG_FILE, Report
 
 if TYPE_CHECKING:
     from blemish.calibration import Calibration
-    from blemish.data.records import Records
+    from blemish.data.records import Records, Split
+    from blemish.data.splits import SplitRecord
+    from blemish.export.int8 import Images
     from blemish.pipeline import Finished
 
 DONE, SOME_FAILED, MISTAKE, DRIFT, BUG, INTERRUPTED, UNREAD = 0, 1, 2, 3, 70, 130, 141
@@ -239,13 +241,14 @@ def _evaluate(config: Any, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from blemish import pipeline
+    from blemish.engines.load import results_folder
     from blemish.loading import load_detector
 
     run = Path(_required(config, "run", "evaluate run=RUN data=mvtec data.root=DIR"))
     detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     own = OmegaConf.is_missing(config.data, "root")
     records = _read(_run_settings(run)["data"] if own else _plain(config.data)).sound()
-    out = Path(config.out) if config.out is not None else run
+    out = Path(config.out) if config.out is not None else results_folder(run, config.engine)
     metrics = pipeline.evaluate(detector, records, out, gallery=config.report.images)
     code = _print_metrics(metrics, detector.card)
     print(f"written: {out / 'metrics.json'}")
@@ -255,11 +258,12 @@ def _evaluate(config: Any, overrides: list[str]) -> int:
 
 def _predict(config: Any, overrides: list[str]) -> int:
     from blemish import pipeline
+    from blemish.engines.load import results_folder
     from blemish.loading import load_detector
 
     run = Path(_required(config, "run", "predict run=RUN input=DIR out=OUT"))
     inputs = _inputs(config, "predict run=RUN input=DIR out=OUT")
-    out = Path(config.out) if config.out is not None else dated(run / "predictions")
+    out = Path(config.out) if config.out is not None else dated(results_folder(run) / "predictions")
     detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     print(f"writing to: {out}", flush=True)
     summary = pipeline.predict(detector, inputs, out, config.overwrite, config.fdr, config.report.images)
@@ -288,14 +292,26 @@ def _export(config: Any, overrides: list[str]) -> int:
 
     from blemish.checkpoint import load_detector, read_checkpoint
     from blemish.data.splits import SPLITS_FILE, digest_files, read_part
-    from blemish.engines.load import EXPORT_FOLDER
+    from blemish.engines.load import EXPORT_FOLDER, INT8_FOLDER
     from blemish.export.run import check, export
     from blemish.files import CARD_FILE
 
     run = Path(_required(config, "run", "export run=RUN format=onnx"))
-    out = Path(config.out) if config.out is not None else run / EXPORT_FOLDER
     detector = load_detector(run, "cpu", config.trusted)
-    check(detector, config.format, config.images)
+    check(detector, config.format, config.images, config.precision)
+    settings = read_checkpoint(run)["config"]
+    if config.precision == "int8":
+        from blemish.export.int8 import export_int8
+
+        out = Path(config.out) if config.out is not None else run / INT8_FOLDER
+        parts = _parts_of(run, detector.card, config)
+        quantised = export_int8(detector, settings, out, parts, config.images, config.synthetic.images, config.any_size)
+        print(f"compared before, in float32, {quantised.parity.in_words()}")
+        print(quantised.in_words())
+        _print_calibration(quantised.card)
+        print(f"written: {quantised.path}, card: {out / CARD_FILE}")
+        return DONE
+    out = Path(config.out) if config.out is not None else run / EXPORT_FOLDER
     if OmegaConf.is_missing(config.data, "root"):
         try:
             paths = [item.record.path for item in read_part(run / SPLITS_FILE, "calibration")]
@@ -308,12 +324,51 @@ def _export(config: Any, overrides: list[str]) -> int:
         paths = [record.path for record in _read(_plain(config.data)).sound() if record.is_normal]
         own = set(detector.card.made.get("calibrated_on", ()))
         paths = [path for path, digest in zip(paths, digest_files(paths), strict=True) if digest in own] or paths
-    settings = read_checkpoint(run)["config"]
     made = export(detector, settings, config.format, out, paths, config.images, config.any_size)
     print(f"compared {made.parity.in_words()}")
     shape = " x ".join("any" if side is None else str(side) for side in made.shape)
     print(f"written: {made.path} (tiles of {shape}), card: {out / CARD_FILE}")
     return DONE
+
+
+def _parts_of(run: Path, card: Calibration, config: Any) -> Images:
+    """The images that a run was trained, validated and calibrated on: where they were, or in data.root, if it is given.
+
+    Raises:
+        DataError: some of those that calibrated it are missing, or a part is.
+    """
+    from omegaconf import OmegaConf
+
+    from blemish.data.splits import SPLITS_FILE, SplitRecord, digest_files, find_units, part_digests, read_part
+    from blemish.export.int8 import Images
+
+    given: list[SplitRecord] = []
+    if not OmegaConf.is_missing(config.data, "root"):
+        records = [record for record in _read(_plain(config.data)).sound() if record.is_normal]
+        digests = digest_files([record.path for record in records])
+        given = [SplitRecord(*item) for item in zip(records, digests, find_units(records, digests), strict=True)]
+    splits, wanted = run / SPLITS_FILE, set(card.made.get("calibrated_on", ()))
+
+    def part(name: Split) -> list[SplitRecord]:
+        own = wanted if name == "calibration" else part_digests(splits, name)
+        if found := [item for item in given if item.digest in own]:
+            return found
+        try:
+            return read_part(splits, name)
+        except DataError as error:
+            raise DataError(
+                f"The {name} images of {run}, which precision=int8 wants, too, are not as they were: give the images "
+                "of the run by data.root=DIR."
+            ) from error
+
+    calibration = [item for item in part("calibration") if item.digest in wanted]
+    missing = len(wanted) - len({item.digest for item in calibration})
+    if missing:
+        raise DataError(
+            f"precision=int8 wants the {len(wanted)} images that calibrated {run}, and {missing} of them are missing: "
+            "give all by data.root=DIR."
+        )
+    return Images(part("train"), part("validation"), calibration)
 
 
 def _check(config: Any, overrides: list[str]) -> int:
@@ -334,11 +389,12 @@ def _check(config: Any, overrides: list[str]) -> int:
 
 def _monitor(config: Any, overrides: list[str]) -> int:
     from blemish import pipeline
+    from blemish.engines.load import results_folder
     from blemish.loading import load_detector
 
     run = Path(_required(config, "run", "monitor run=RUN input=DIR"))
     inputs = _inputs(config, "monitor run=RUN input=DIR")
-    state = Path(config.state) if config.state is not None else run / "monitor.jsonl"
+    state = Path(config.state) if config.state is not None else results_folder(run, config.engine) / "monitor.jsonl"
     detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     drift, errors = pipeline.monitor(detector, inputs, state, config.level, config.seed, config.by_folder, config.order)
     unit = "folders" if config.by_folder else "images"

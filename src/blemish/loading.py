@@ -28,7 +28,7 @@ def load_detector(
         trusted: packages besides blemish's own models and torch.nn that the checkpoint may take classes from;
             "torch.export" lets PyTorch read `.pt2` files.
         with_card: False leaves the calibration out, whatever its state, so that a new one can be made.
-        engine: torch; or onnx or openvino, to take what was exported of the run.
+        engine: torch; or onnx, openvino or onnx_int8, to take what was exported of the run.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint cannot be used. CalibrationError: its card is not its own.

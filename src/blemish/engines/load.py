@@ -20,8 +20,12 @@ EXPORT_FOLDER = "export"
 """Where a run keeps what was exported of it."""
 FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 """The name of an exported file, by its format."""
-ENGINES = ("torch", "onnx", "openvino")
+INT8_FOLDER, INT8 = f"{EXPORT_FOLDER}/int8", "onnx_int8"
+"""Where a run keeps its export to 8 bits, which is another detector with another card, and the engine's name for it."""
+ENGINES = ("torch", "onnx", "openvino", INT8)
 """What `engine=` may say: torch is the run's own detector."""
+FLOAT_FINGERPRINT = "float_fingerprint"
+"""Under which an export to 8 bits tells, in `about`, of which detector it was made."""
 PROGRAMS = "torch.export"
 """What `load_detector(trusted=)` names to read `.pt2` files: PyTorch's reader runs what such a file tells it to."""
 _LOADERS: Mapping[str, Callable[[Path], TileDetector]] = {
@@ -69,29 +73,52 @@ def read_card(path: Path) -> Calibration:
 def load_for_run(
     run: Path, engine: str, card: Mapping[str, Any] | None, about: Mapping[str, Any], device: str = "auto"
 ) -> Detector:
-    """The export of a run for an engine other than torch, with the run's own card.
+    """The export of a run for an engine other than torch, with the run's own card, or in 8 bits with that beside it.
 
     Args:
         card, about: those of the run's checkpoint.
 
     Raises:
-        ExportError: there is no such export, or it was made of another detector. NotCalibrated: the run has no card.
-            ConfigError: an unknown engine.
+        ExportError: there is no such export, it was made of another detector, or in 8 bits is calibrated otherwise than
+            the run. NotCalibrated: the run has no card. ConfigError: an unknown engine.
     """
     check_engine(engine)
-    path = run / EXPORT_FOLDER / FILES[engine]
-    again = f"`blemish export run={run} format={engine}`"
+    int8 = engine == INT8
+    path = run / (INT8_FOLDER if int8 else EXPORT_FOLDER) / FILES["onnx" if int8 else engine]
+    again = f"`blemish export run={run} {'precision=int8' if int8 else f'format={engine}'}`"
     if card is None:
         raise NotCalibrated(f"{run} has no calibration: run `blemish calibrate` and then {again}.")
     if not path.is_file():
         raise ExportError(f"engine={engine} expects {path}, which is not there: make it with {again}.")
-    detector = load_exported(path, device, with_card=False)
-    if detector.fingerprint != card["fingerprint"]:
+    detector = load_exported(path, device, with_card=int8)
+    made_of = str(detector.about.get(FLOAT_FINGERPRINT)) if int8 else detector.fingerprint
+    if made_of != card["fingerprint"]:
         raise ExportError(
-            f"{path} was made of another detector (fingerprint {detector.fingerprint[:12]}, the run has "
+            f"{path} was made of another detector (fingerprint {made_of[:12]}, the run has "
             f"{card['fingerprint'][:12]}): export it again with {again}."
         )
-    return replace(detector, about=about, calibration=Calibration.from_dict(card))
+    if not int8:
+        return replace(detector, about=about, calibration=Calibration.from_dict(card))
+    if detector.calibration is None or not _same_calibration(detector.calibration, Calibration.from_dict(card)):
+        raise ExportError(
+            f"{path} has no calibration like the run's, by the same images and promise: its scores are others, so that "
+            f"it has a card of its own; export it again with {again}."
+        )
+    return replace(detector, about=about)
+
+
+def _same_calibration(one: Calibration, other: Calibration) -> bool:
+    """Whether two cards, of other scores, promise the same by the same images."""
+    first, second = ((card.promise, card.mask_rule, set(card.made.get("calibrated_on", ()))) for card in (one, other))
+    return first == second
+
+
+def results_folder(run: Path, engine: str = "torch") -> Path:
+    """Where results of a run or an exported file go by default: what has a card of its own keeps its own."""
+    if is_exported(run):
+        return run.parent
+    folder = run if run.is_dir() else run.parent
+    return folder / INT8_FOLDER if engine == INT8 else run
 
 
 def check_engine(engine: str) -> None:
