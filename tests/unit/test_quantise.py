@@ -7,6 +7,7 @@ import tempfile
 import numpy as np
 import pytest
 
+from blemish.data.images import read_pixels
 from blemish.data.records import Record
 from blemish.data.splits import SplitRecord
 from blemish.detector import TileDetector
@@ -68,6 +69,19 @@ def test_what_sees_a_difference_stays_as_it_is():
     assert module.convolutions(made) == ["node2"]  # of the input alone, as light is taken off
 
 
+def test_what_is_cut_off_takes_no_bits(paths, tmp_path):
+    made = graph("model.a", "model.b", "model.c")
+    _, second, third = made.graph.node
+    for node in (second, third):
+        node.op_type = "Relu"
+        del node.input[1]
+    assert module.cuts_after(made, module.convolutions(made)) == ["node1"]
+    onnx.save(made, tmp_path / "float32.onnx")
+    module.quantise(tmp_path / "float32.onnx", detector(None), paths, tmp_path / "model.onnx", progress=False)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert kinds.count("Relu") == 1  # the other one is in the limits of the convolution's 8 bits
+
+
 def test_the_graph_is_rounded_by_what_the_images_show(paths, tmp_path):
     onnx.save(graph("model.weight", "score.kernel"), tmp_path / "float32.onnx")
     target = tmp_path / "model.onnx"
@@ -89,28 +103,27 @@ def test_a_model_without_convolutions_is_refused(paths, tmp_path):
     assert not (tmp_path / "model.onnx").exists()
 
 
-def test_the_reader_gives_the_tiles_that_the_detector_scores(paths):
+def test_the_reader_gives_the_tiles_that_the_detector_scores(paths, tmp_path, save, texture):
     scored = []
 
     def scorer(tiles):
-        scored.append(tiles.copy())
+        scored.extend(tiles.copy())
         return tiles[:, 0]
 
+    paths = [*paths, save(tmp_path / "large.png", texture(9, (90, 90)))]
     reader = module.TileReader(detector(None), paths)
-    assert len(reader) == 3 and reader.get_next() is None
+    assert len(reader) == 4 and reader.get_next() is None
     for place, path in enumerate(paths):
         scored.clear()
-        detector(scorer).score_map(module_pixels(path))
+        detector(scorer).score_map(read_pixels(path))
         reader.set_range(place, place + 1)
-        for tiles in scored:
-            np.testing.assert_array_equal(reader.get_next()["tiles"], tiles, strict=True)
-        assert reader.get_next() is None  # no other image is held
-
-
-def module_pixels(path):
-    from blemish.data.images import read_pixels
-
-    return read_pixels(path)
+        given = []
+        while (inputs := reader.get_next()) is not None:
+            given.append(inputs["tiles"])
+        assert len(given) == min(8, len(scored))  # those of this image alone
+        chosen = np.linspace(0, len(scored) - 1, len(given)).round().astype(int)
+        np.testing.assert_array_equal(np.concatenate(given), np.stack(scored)[chosen], strict=True)
+    assert len(scored) > 100
 
 
 def test_an_unreadable_image_is_said_and_nothing_stays(paths, tmp_path):

@@ -20,8 +20,8 @@ from blemish.errors import DataError
 from blemish.evaluation.synthetic import check_images, synthetic_defects_figure
 from blemish.evaluation.tables import table
 from blemish.export.parity import Parity
-from blemish.export.quantise import quantise
-from blemish.export.run import check, replacing, spread, write_compared
+from blemish.export.quantise import quantise, spread
+from blemish.export.run import check, replacing, write_compared
 from blemish.files import CARD_FILE, write_json
 from blemish.pipeline import calibrate, check_enough, made_by
 from blemish.scoring import score_files

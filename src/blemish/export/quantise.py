@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -22,16 +21,20 @@ from blemish.export.graph import cannot
 from blemish.export.writing import quiet
 from blemish.scoring import score_files
 
-_KIND = "Conv"
+Item = TypeVar("Item")
+
+_TILES = 8  # of an image, at most, whose activations give limits
+_KIND, _CUTS = "Conv", ("Clip", "Relu")
 _MODEL = "model."  # how the names of a model's own weights begin in a `TileGraph`; a score's filters are not its
 
 
 def quantise(source: Path, detector: TileDetector, paths: Sequence[Path], target: Path, progress: bool = True) -> int:
     """Write the graph of `source` with 8 bits in the convolutions of the model; how many these are.
 
-    Weights have a scale for each channel and 7 bits, symmetric; activations 8 bits, from the smallest to the largest
-    value that normal images show. 255 x 64 x 2 stays within 16 bits, in which processors without VNNI add up pairs of
-    products: with 8 bits of weight they would clamp, and scores would be others there than where they were calibrated.
+    Weights have a scale for each channel and 7 bits, symmetric; activations 8 bits, between limits that keep the most
+    of how the values of normal images are distributed: from the smallest to the largest, rare values would take the
+    bits of all others. 255 x 64 x 2 stays within 16 bits, in which processors without VNNI add up pairs of products:
+    with 8 bits of weight they would clamp, and scores would be others there than where they were calibrated.
 
     Args:
         source, target: ONNX files in one folder, which holds whatever is written in between.
@@ -44,7 +47,8 @@ def quantise(source: Path, detector: TileDetector, paths: Sequence[Path], target
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    nodes = convolutions(onnx.load(source))
+    model = onnx.load(source)
+    nodes = convolutions(model)
     if not nodes:
         raise ExportError(
             "precision=int8 expects a model with convolutions, which are what 8 bits make faster, found one without: "
@@ -58,14 +62,14 @@ def quantise(source: Path, detector: TileDetector, paths: Sequence[Path], target
                     target,
                     TileReader(detector, paths, bar),
                     quant_format=QuantFormat.QDQ,
-                    op_types_to_quantize=[_KIND],
-                    nodes_to_quantize=nodes,
+                    op_types_to_quantize=[_KIND, *_CUTS],
+                    nodes_to_quantize=nodes + cuts_after(model, nodes),
                     per_channel=True,
                     reduce_range=True,
                     weight_type=QuantType.QInt8,
                     activation_type=QuantType.QUInt8,
                     calibrate_method=CalibrationMethod.Entropy,
-                    extra_options={"CalibStridedMinMax": 1},  # one image in memory at a time
+                    extra_options={"CalibStridedMinMax": 1},  # one image at a time, whatever the method
                 )
         except (OSError, BlemishError):
             raise
@@ -96,32 +100,48 @@ def convolutions(model: Any) -> list[str]:
     return chosen
 
 
+def cuts_after(model: Any, nodes: Sequence[str]) -> list[str]:
+    """The names of the nodes that cut off what these convolutions give: their 8 bits are then for what is left."""
+    given = {name for node in model.graph.node if node.name in set(nodes) for name in node.output}
+    return [node.name for node in model.graph.node if node.op_type in _CUTS and node.input[0] in given]
+
+
 class TileReader:
-    """What ONNX Runtime asks for inputs: the very tiles that a detector makes of images, one image after the other."""
+    """What ONNX Runtime asks for inputs: the very tiles that a detector makes of images, at most 8 of each image.
+
+    It keeps every activation of an image until it has looked at all of them.
+    """
 
     def __init__(self, detector: TileDetector, paths: Sequence[Path], bar: Any = None) -> None:
         self._detector = replace(detector, scorer=self._keep)
         self._paths, self._bar = paths, bar
-        self._tiles: deque[FloatArray] = deque()
+        self._tiles: list[FloatArray] = []
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def set_range(self, start_index: int, end_index: int) -> None:
         """The images that `get_next` goes through next. Raises DataError if one of them cannot be used."""
+        self._tiles.clear()
         for scored in score_files(self._detector, self._paths[start_index:end_index]):
             if scored.score_map is None:
                 raise DataError(f"A normal image cannot be used. {scored.error}")
             if self._bar is not None:
                 self._bar.update()
+        self._tiles = spread(self._tiles, _TILES)
 
     def get_next(self) -> dict[str, FloatArray] | None:
-        """Tiles (b, C, t, t) in [0, 1] under the name of the graph's input; None when there are no more."""
-        return {TILES: self._tiles.popleft()} if self._tiles else None
+        """A tile (1, C, t, t) in [0, 1] under the name of the graph's input; None when there are no more."""
+        return {TILES: self._tiles.pop(0)} if self._tiles else None
 
     def _keep(self, tiles: FloatArray) -> FloatArray:
-        self._tiles.append(np.array(tiles, np.float32, order="C"))
+        self._tiles += np.split(np.array(tiles, np.float32, order="C"), len(tiles))
         return np.zeros((len(tiles), *tiles.shape[2:]), np.float32)
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them, evenly spread."""
+    return [items[place] for place in np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)]
 
 
 @contextmanager

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from blemish.detector import Detector, TileDetector
 from blemish.engines.description import Description
 from blemish.engines.load import FILES, PROGRAMS, load_exported
 from blemish.errors import ConfigError, DataError, nearest_names
 from blemish.export.graph import check_exportable, input_shape, tiles_at_once, trace
 from blemish.export.parity import Parity, compare
+from blemish.export.quantise import spread
 from blemish.export.writing import check_format, write
 from blemish.files import CARD_FILE, explain_write_errors, write_json
 
@@ -119,8 +118,3 @@ def write_compared(
     parity = compare(detector, replace(other, calibration=detector.card), spread(paths, images), progress)
     parity.check(path.name)
     return Exported(path, input_shape(program), parity)
-
-
-def spread(paths: Sequence[Path], images: int) -> list[Path]:
-    """At most `images` of them, evenly spread."""
-    return [paths[place] for place in np.linspace(0, len(paths) - 1, min(images, len(paths))).round().astype(int)]
