@@ -110,6 +110,22 @@ def test_the_command_starts_light(module):
     assert loaded & HEAVY == set()
 
 
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_load_nothing_heavy(word):
+    assert loaded_after(run_of(word)) & (HEAVY | {"numpy", "PIL"}) == set()
+
+
+def test_check_runs_without_torch(tiny_data):
+    loaded = loaded_after(run_of("check", f"data.root={tiny_data / 'train/good'}"))
+    assert {"hydra", "cv2"} <= loaded
+    assert loaded & {"torch", "pytorch_lightning", "albumentations"} == set()
+
+
+def run_of(*words):
+    """A statement that runs the command, up to where it would exit."""
+    return f"from contextlib import suppress\nfrom blemish.cli import main\nwith suppress(SystemExit): main({words!r})"
+
+
 def test_public_names_come_on_first_use():
     from blemish import detector, loading
 
