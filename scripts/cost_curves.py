@@ -44,11 +44,15 @@ what, *words = sys.argv[2:]
 PREDICT = """
 from dataclasses import replace
 from blemish import load_detector, pipeline
+from blemish.data.images import allow_large_images
+allow_large_images()
 run, source, out, overlap = words
 detector = load_detector(run, "cpu")
 detector = replace(detector, tiling=replace(detector.tiling, overlap=float(overlap)))
 idle, start = peak_mib(), time.perf_counter()
-pipeline.predict(detector, source, Path(out), progress=False)
+summary = pipeline.predict(detector, source, Path(out), progress=False)
+if summary.errors:
+    sys.exit(summary.errors[0])
 print(json.dumps({"seconds": time.perf_counter() - start, "mib": peak_mib() - idle}))
 """
 CALIBRATE = """

@@ -153,6 +153,13 @@ def _run(verb: str, words: list[str]) -> int:
     for_sweeps = [word for word in overrides if verb == "train" and _is_for_sweeps(word)]
     if for_sweeps:
         raise ConfigError(f"'{for_sweeps[0]}' is for a sweep: add --multirun.")
+    return _act(verb, config, overrides)
+
+
+def _act(verb: str, config: Any, overrides: list[str]) -> int:
+    from blemish.data.images import allow_large_images
+
+    allow_large_images()
     return ACTIONS[verb](config, overrides)
 
 
@@ -252,7 +259,7 @@ def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], many: bo
             config.out = str(Path(job.sweep.dir) / str(job.sweep.subdir))
             print(f"run {job.job.num}: {' '.join(job.overrides.task)}")
         words = [str(word) for word in job.overrides.task]
-        codes.append(_explained(lambda: ACTIONS[verb](config, words)).code)  # Hydra would print a traceback
+        codes.append(_explained(lambda: _act(verb, config, words)).code)  # Hydra would print a traceback
         return read_metric(Path(config.out), check_metric(config.optimized_metric)) if many else None
 
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(task)

@@ -382,16 +382,14 @@ def predict(
 
     anomalous = sum(row["decision"] == "anomalous" for row in before)
     errors = [row["error"] for row in before if row["error"]]
-    ranked = [(-row["image_score"], row["path"], shown(row)) for row in before if not row["error"]]
     rows = files.rows.append(map_ahead(write, scored(), area, PIXELS_AHEAD))
     for row in tqdm(rows, "predicting", len(pairs), initial=len(pairs) - len(todo), unit="image", disable=not progress):
         anomalous += row["decision"] == "anomalous"
         if row["error"]:
             errors.append(row["error"])
-        else:
-            ranked.append((-row["image_score"], row["path"], shown(row)))
-    worst = [one for _, _, one in heapq.nsmallest(gallery, ranked)]
-    write_gallery(out / GALLERY_FILE, detector, worst, progress, drawn)
+    usable = (row for row in files.rows if not row["error"])  # from the disk: they may be very many
+    worst = heapq.nsmallest(gallery, usable, key=lambda row: (-row["image_score"], row["path"]))
+    write_gallery(out / GALLERY_FILE, detector, [shown(row) for row in worst], progress, drawn)
     discoveries = files.finish(fdr)
     return PredictSummary(len(before) + len(todo), anomalous, errors, len(before), discoveries)
 

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blemish.data.images import check_pixels, expand_inputs, list_images, probe, read_image, read_mask, read_pixels
+from blemish.data.images import (
+    LARGEST,
+    check_pixels,
+    expand_inputs,
+    list_images,
+    probe,
+    read_image,
+    read_mask,
+    read_pixels,
+)
 from blemish.errors import DataError, ImageError
 
 UPRIGHT = {
@@ -298,6 +307,12 @@ def test_flipped_bit_in_a_png_is_found(tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ImageError):
         read_pixels(tmp_path / "a.png")
+
+
+def test_the_command_opens_larger_images_than_pillow_alone(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    run_cli(["check", f"data.root={tmp_path}"])
+    assert Image.MAX_IMAGE_PIXELS == LARGEST >= 16384**2
 
 
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from blemish.errors import DataError, ImageError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
+LARGEST = 2**28
+"""Pixels, such as 16384 x 16384; see `allow_large_images`."""
 
 Pixels = npt.NDArray[Any]
 """(H, W, C) with C 1 or 3, of dtype uint8, uint16, or float32 in [0, 1]."""
@@ -75,6 +77,14 @@ def list_images(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def allow_large_images() -> None:
+    """Let Pillow open images of up to twice `LARGEST` pixels, in this process, as the command does.
+
+    Not at import: a library leaves the guard against decompression bombs to whoever uses Pillow beside it.
+    """
+    Image.MAX_IMAGE_PIXELS = max(LARGEST, Image.MAX_IMAGE_PIXELS or LARGEST)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open `path` with Pillow; whatever goes wrong in decoding it becomes one ImageError."""
@@ -91,7 +101,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise ImageError(f"Cannot read {path}: the file does not exist.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"Cannot read {path}: {error}; raise PIL.Image.MAX_IMAGE_PIXELS to allow it.") from error
+        raise ImageError(
+            f"Cannot read {path}: {error}; cut it into parts, or in Python raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error) as error:
         reason = str(error) if not isinstance(error, UnidentifiedImageError) else "it is not an image"
         raise ImageError(f"Cannot read {path}: {reason or 'damaged file'}; replace or remove it.") from error
