@@ -122,7 +122,9 @@ def export_int8(
         compared = [item.record.path for item in images.calibration]
         made = write_compared(detector, config, "onnx", source, compared, most, any_size, progress)
         exact = load_onnx(source)
-        shown = spread([item.record.path for item in images.train], most)
+        # In the order of their content, so that the same images give the same file, wherever they lie.
+        by_content = sorted(images.train, key=lambda item: item.digest)
+        shown = spread([item.record.path for item in by_content], most)
         convolutions = quantise(source, exact, shown, folder / path.name, progress)
         describe(folder / path.name, exact)
         coarse = load_onnx(folder / path.name)
@@ -148,12 +150,18 @@ def export_int8(
 def describe(path: Path, exact: TileDetector) -> None:
     """Give an 8 bit graph the description of the float32 detector that it was made of, under its own fingerprint.
 
-    That names what the old one does, and the new graph.
+    That names what the old one does, and what the new graph computes: not the exporter's remarks, which may differ.
     """
     import onnx
 
     model = onnx.load(path)
-    digest = hashlib.sha256(exact.fingerprint.encode() + model.graph.SerializeToString(deterministic=True))
+    digest = hashlib.sha256(exact.fingerprint.encode())
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+        digest.update(node.SerializeToString(deterministic=True))
+    for tensor in sorted(model.graph.initializer, key=lambda one: one.name):
+        digest.update(tensor.SerializeToString(deterministic=True))
     about = {**exact.about, "precision": "int8", FLOAT_FINGERPRINT: exact.fingerprint}
     text = Description.of(replace(exact, fingerprint=digest.hexdigest()), about, exact.tiling.batch).to_text()
     onnx.helper.set_model_props(model, {KEY: text})  # alone: the quantiser's notes go
