@@ -14,7 +14,7 @@ import blemish
 from blemish.calibration import Calibration, Promise
 from blemish.detector import TileDetector
 from blemish.engines.description import KEY, Description
-from blemish.engines.load import ENGINES, FILES, load_for_run
+from blemish.engines.load import ENGINES, FILES, INT8, load_for_run
 from blemish.errors import BlemishError, CalibrationError, ConfigError, ExportError, NotCalibrated
 from blemish.export.parity import TOLERANCE, Parity, compare
 from blemish.files import write_json
@@ -213,7 +213,7 @@ def test_a_run_finds_its_own_export(write_onnx, tmp_path):
         load_for_run(run, "onnx", card("other").to_dict(), {})
     with pytest.raises(NotCalibrated):
         load_for_run(run, "onnx", None, {})
-    assert set(FILES) == set(ENGINES)
+    assert {*FILES, INT8} == set(ENGINES)
 
 
 def test_what_differs_is_told_and_what_differs_much_is_refused(tmp_path, save):
