@@ -51,8 +51,8 @@ def quantise(source: Path, detector: TileDetector, paths: Sequence[Path], target
     nodes = convolutions(model)
     if not nodes:
         raise ExportError(
-            "precision=int8 expects a model with convolutions, which are what 8 bits make faster, found one without: "
-            "export it without precision=int8."
+            "precision=int8 expects a model with convolutions, which alone become 8 bits, found one without: export it "
+            "without precision=int8."
         )
     with tqdm(total=len(paths), desc="ranges", unit="image", disable=not progress, leave=False) as bar:
         try:
