@@ -37,7 +37,7 @@ from blemish.normalisation import MapRecorder, NormalisationSettings, SpatialNor
 from blemish.outputs import PredictionFiles, Scored, unique_stems
 from blemish.report.folder import interest
 from blemish.report.gallery import Drawn, Shown, draw, draws_at_once, write_gallery
-from blemish.scoring import PIXELS_AHEAD, ScoredFile, score_files
+from blemish.scoring import PIXELS_AHEAD, score_files, usable
 from blemish.streaming import map_ahead
 
 _EVALUATION = ("path", "kind", "class", "image_score", "p_value", "decision", "error")
@@ -78,16 +78,10 @@ def fit_normalisation(
 
     def maps() -> Iterator[FloatArray]:
         for scored in tqdm(files, "normalising", len(chosen), unit="image", disable=not progress, leave=False):
-            _usable(scored)
+            usable(scored)
             yield recorder.maps.popleft()
 
     return SpatialNormalisation.fit(maps(), settings.kind)
-
-
-def _usable(scored: ScoredFile) -> FloatArray:
-    if scored.score_map is None:
-        raise DataError(f"A normal image cannot be used. {scored.error}")
-    return scored.score_map
 
 
 def check_enough(records: Sequence[SplitRecord], promise: Promise, mask_rule: MaskRule) -> None:
@@ -148,7 +142,7 @@ def calibrate(
     noise = NoiseEstimator() if mask_rule.name == "parametric_noise" else None
     maps = score_files(detector, [item.record.path for item in records])
     for scored in tqdm(maps, "calibrating", len(records), unit="image", disable=not progress, leave=False):
-        score_map = _usable(scored)
+        score_map = usable(scored)
         if not np.isfinite(score_map).all():
             raise CalibrationError(
                 f"The score map of {scored.path} has NaN or infinite values: the model diverged; train it again."
@@ -387,8 +381,8 @@ def predict(
         anomalous += row["decision"] == "anomalous"
         if row["error"]:
             errors.append(row["error"])
-    usable = (row for row in files.rows if not row["error"])  # from the disk: they may be very many
-    worst = heapq.nsmallest(gallery, usable, key=lambda row: (-row["image_score"], row["path"]))
+    scored_rows = (row for row in files.rows if not row["error"])  # from the disk: they may be very many
+    worst = heapq.nsmallest(gallery, scored_rows, key=lambda row: (-row["image_score"], row["path"]))
     write_gallery(out / GALLERY_FILE, detector, [shown(row) for row in worst], progress, drawn)
     discoveries = files.finish(fdr)
     return PredictSummary(len(before) + len(todo), anomalous, errors, len(before), discoveries)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blemish.data.images import FloatArray, Pixels, probe, read_pixels
 from blemish.detector import Detector
-from blemish.errors import ImageError
+from blemish.errors import DataError, ImageError
 from blemish.streaming import map_ahead
 
 PIXELS_AHEAD = 2**24  # decoded or waiting to be written at any time, beyond the images in hand
@@ -31,6 +31,13 @@ class ScoredFile:
     seconds: float
     error: str = ""
     label: str | None = None
+
+
+def usable(normal: ScoredFile) -> FloatArray:
+    """The score map of a normal image that nothing can go on without. Raises DataError if there is none."""
+    if normal.score_map is None:
+        raise DataError(f"A normal image cannot be used. {normal.error}")
+    return normal.score_map
 
 
 def score_files(detector: Detector, paths: Sequence[Path], explain: bool = False) -> Iterator[ScoredFile]:

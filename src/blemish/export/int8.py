@@ -24,7 +24,7 @@ from blemish.export.quantise import quantise, spread
 from blemish.export.run import check, replacing, write_compared
 from blemish.files import CARD_FILE, write_json
 from blemish.pipeline import calibrate, check_enough, made_by
-from blemish.scoring import score_files
+from blemish.scoring import score_files, usable
 
 REPORT_FILE = "int8.json"
 """Beside the file: what became of the figures and of the promise."""
@@ -177,9 +177,7 @@ def measure(detector: Detector, normals: Sequence[Path], synthetic: int, progres
     alarms, seconds = 0, 0.0
     files = score_files(detector, normals)
     for scored in tqdm(files, "measuring", len(normals), unit="image", disable=not progress, leave=False):
-        if scored.score_map is None:
-            raise DataError(f"A normal image cannot be used. {scored.error}")
-        alarms += detector.decide(scored.score_map, scored.label).is_anomalous
+        alarms += detector.decide(usable(scored), scored.label).is_anomalous
         seconds += scored.seconds
     figure = synthetic_defects_figure(detector, normals, synthetic, progress=progress) if synthetic else None
     return {

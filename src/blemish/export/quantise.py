@@ -16,10 +16,10 @@ from tqdm import tqdm
 from blemish.data.images import FloatArray
 from blemish.detector import TileDetector
 from blemish.engines.description import TILES
-from blemish.errors import BlemishError, DataError, ExportError
+from blemish.errors import BlemishError, ExportError
 from blemish.export.graph import cannot
 from blemish.export.writing import quiet
-from blemish.scoring import score_files
+from blemish.scoring import score_files, usable
 
 Item = TypeVar("Item")
 
@@ -124,8 +124,7 @@ class TileReader:
         """The images that `get_next` goes through next. Raises DataError if one of them cannot be used."""
         self._tiles.clear()
         for scored in score_files(self._detector, self._paths[start_index:end_index]):
-            if scored.score_map is None:
-                raise DataError(f"A normal image cannot be used. {scored.error}")
+            usable(scored)
             if self._bar is not None:
                 self._bar.update()
         self._tiles = spread(self._tiles, _TILES)
