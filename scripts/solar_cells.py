@@ -1,6 +1,7 @@
-"""Writes a manifest of the monocrystalline solar cells in the PyPI package `elpv-dataset`.
+"""Writes a manifest of the monocrystalline solar cells in the PyPI package `elpv-dataset`, or copies them.
 
-    python scripts/solar_cells.py FOLDER     # writes FOLDER/manifest.csv
+    python scripts/solar_cells.py FOLDER             # writes FOLDER/manifest.csv
+    python scripts/solar_cells.py FOLDER --copy      # and FOLDER/train/good, FOLDER/test/good, FOLDER/test/defective
 
 Defect probability 0 is normal, 1 is defective; the cells in between are left out. A fifth of the normal cells,
 chosen by a fixed seed, and all defective ones are the test part.
@@ -12,8 +13,10 @@ Deitsch et al., Segmentation of photovoltaic module cells, Machine Vision and Ap
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,7 +50,19 @@ def write_manifest(folder: Path) -> Path:
     return manifest
 
 
+def copy_images(manifest: Path) -> None:
+    """Beside the manifest, in the layout of MVTec AD, which `scripts/benchmark.py` reads."""
+    with manifest.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            folder = manifest.parent / (row["split"] or "train") / row["label"]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(row["path"], folder)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python {sys.argv[0]} FOLDER")
-    print(write_manifest(Path(sys.argv[1])))
+    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["--copy"]):
+        sys.exit(f"usage: python {sys.argv[0]} FOLDER [--copy]")
+    written = write_manifest(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        copy_images(written)
+    print(written)

@@ -135,7 +135,8 @@ def test_without_a_word_it_is_full_precision(monkeypatch):
     ("capabilities", "precision"),
     [
         ({"amx_bf16": True}, "bf16-mixed"),
-        ({"amx_bf16": False, "avx512_bf16": True}, "32-true"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "bf16-mixed"),
+        ({"amx_bf16": False, "avx512_vnni": True}, "32-true"),
         ({"architecture": "aarch64"}, "32-true"),
     ],
 )
