@@ -44,6 +44,7 @@ _POSITIONAL = {
 }
 _PATHS = ("data.root", "out", "run", "runs", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
 _MAY_BE_NULL = ("training.patience", "image.short_side", "image.size", "image.square")
+_MAY_BE_A_WORD = {"training.batch_size": "auto"}
 _HYDRA = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -412,8 +413,10 @@ def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
             if isinstance(before, kind):
                 fits = isinstance(after, (int, float) if kind is float else kind)
                 may_be_null = prefix == "trainer." or f"{prefix}{key}" in _MAY_BE_NULL
-                if not fits and not (after is None and may_be_null):
-                    raise ConfigError(f"The setting {prefix}{key} expects {name}, found '{after}'.")
+                word = _MAY_BE_A_WORD.get(f"{prefix}{key}")
+                if not fits and not (after is None and may_be_null) and not (word and after == word):
+                    expected = f"{name} or {word}" if word else name
+                    raise ConfigError(f"The setting {prefix}{key} expects {expected}, found '{after}'.")
                 break
 
 

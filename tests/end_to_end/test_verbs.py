@@ -197,6 +197,18 @@ def test_training_on_a_plain_folder_has_no_metrics(normal_folder, run_cli, tiny,
     assert result.out.count(f"run folder: runs/{run.name}") >= 1
 
 
+def test_a_batch_size_by_trial_is_recorded_as_the_number_that_it_was(normal_folder, run_cli, tiny, tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again"
+    made = run_cli(["train", f"data.root={normal_folder}", f"out={run}", *tiny, "training.batch_size=auto"])
+    assert made.code == 0, made.err
+    size = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["batch_size"]
+    assert isinstance(size, int) and f"training.batch_size={size}, chosen by trial" in made.out
+    # Trying has not moved the training: the number itself gives the same detector.
+    run_cli(["train", f"data.root={normal_folder}", f"out={again}", *tiny, f"training.batch_size={size}"])
+    cards = [json.loads((folder / "card.json").read_text(encoding="utf-8")) for folder in (run, again)]
+    assert cards[0]["scores"] == cards[1]["scores"]
+
+
 def test_training_leaves_nothing_on_the_error_stream_but_progress(run_cli, tiny_data, tiny, tmp_path):
     result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}", *tiny])
     words = ("Warning", "warn", "deprecated", "overridden", "site-packages")

@@ -47,7 +47,7 @@ def trained(model, steps=80):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
     for step in range(steps):
         optimizer.zero_grad()
-        task._loss(tiles(8, step)).total.backward()
+        task.loss_of(tiles(8, step)).total.backward()
         optimizer.step()
     return model.eval()
 
@@ -72,7 +72,7 @@ def test_the_target_is_what_the_clean_tile_shows_whatever_was_given():
             return super().forward(output, target, mask, step)
 
     task = ReconstructionTask(model.train(), Watching(L2()), Structured(probability=1.0), 0.01, 0.0, 10, 0)
-    task._loss(tiles(4))
+    task.loss_of(tiles(4))
     ((output, target, mask),) = asked
     torch.testing.assert_close(target, model.observe(tiles(4)))
     assert not torch.equal(output.observed, target) and output.repaired.shape == mask.shape == (4, 1, SIZE, SIZE)

@@ -129,24 +129,11 @@ def fit(
     _quieten()
     batches = settings.steps_per_epoch * settings.accumulate
     data = TileDataModule(tiles, validation, settings.batch_size, batches, settings.workers)
-    parts = (
-        model.train(),  # Lightning keeps the mode that it finds
-        objective,
-        corruption,
-        settings.learning_rate,
-        settings.weight_decay,
-        settings.steps,
-        seed,
-        settings.channels_last,
-        standardise,
-        settings.compile,
-    )
     arguments = dict(trainer) | {"precision": pick_precision(trainer)}
+    clipping = None
     if isinstance(model, Adversarial):
         arguments, clipping = without_clipping(arguments)
-        task: ReconstructionTask = AdversarialTask(*parts, clipping=clipping)
-    else:
-        task = ReconstructionTask(*parts)
+    task = make_task(model, objective, corruption, settings, seed, standardise, clipping)
     folder = run / CHECKPOINTS
     best = BestCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False)
     # Not save_last, which since Lightning 2.6 saves only when the best is saved: a resumed training would go back.
@@ -182,6 +169,33 @@ def fit(
     except SystemExit as stopped:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from stopped
     return load_best(run, model)
+
+
+def make_task(
+    model: nn.Module,
+    objective: ReconstructionObjective,
+    corruption: Corruption,
+    settings: TrainingSettings,
+    seed: int,
+    standardise: bool,
+    clipping: tuple[float, str] | None = None,
+) -> ReconstructionTask:
+    """The Lightning module that trains a model; see `fit`. `clipping` is for models that learn against another."""
+    parts = (
+        model.train(),  # Lightning keeps the mode that it finds
+        objective,
+        corruption,
+        settings.learning_rate,
+        settings.weight_decay,
+        settings.steps,
+        seed,
+        settings.channels_last,
+        standardise,
+        settings.compile,
+    )
+    if isinstance(model, Adversarial):
+        return AdversarialTask(*parts, clipping=clipping)
+    return ReconstructionTask(*parts)
 
 
 def _load(path: Path) -> dict[str, Any]:

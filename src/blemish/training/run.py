@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,17 @@ from blemish.scores.contracts import FittableScore, Score
 from blemish.standardise import standardised
 from blemish.sweep import Report
 from blemish.tiling import Tiling
+from blemish.training.batch_size import AUTO, Choice, Trial, check_trial, choose, with_batch_size
 from blemish.training.callbacks import Pruned, SyntheticWatch
-from blemish.training.fit import TrainingSettings, check_compile, check_trainer, fit, load_best
+from blemish.training.fit import (
+    TrainingSettings,
+    check_compile,
+    check_trainer,
+    fit,
+    load_best,
+    make_task,
+    pick_precision,
+)
 from blemish.training.objectives import ReconstructionObjective
 
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
@@ -61,6 +71,10 @@ def start(
     """
     splits = _split(records, settings)
     parts = _Parts.build(settings, splits)
+    if settings["training"]["batch_size"] == AUTO:
+        chosen = parts.try_batch_sizes(settings)
+        print(chosen, flush=True)
+        settings, parts = with_batch_size(settings, chosen.size), parts.with_batch_size(chosen.size)
     write_text(run / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
     write_splits(run / SPLITS_FILE, splits)
     about = about_run(settings["seed"], splits, overrides) | {"status": "training"}
@@ -124,7 +138,9 @@ class _Parts:
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], splits: Splits) -> _Parts:
-        training: TrainingSettings = build_section(TrainingSettings, settings, "training")
+        by_trial = settings["training"]["batch_size"] == AUTO
+        numbered = with_batch_size(settings, 1) if by_trial else settings
+        training: TrainingSettings = build_section(TrainingSettings, numbered, "training")
         normalisation: NormalisationSettings = build_section(NormalisationSettings, settings, "normalisation")
         # Before the model is tried on a tile.
         preprocess: Preprocess = build_section(Preprocess, settings, "image")
@@ -136,6 +152,8 @@ class _Parts:
         check_trainer(settings["trainer"], model, training.accumulate)
         if training.compile:
             check_compile(model)
+        if by_trial:
+            check_trial(model)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
         promise, _ = read_settings(settings["calibration"])
@@ -159,6 +177,19 @@ class _Parts:
             )
         labels = [item.record.label for item in splits.of("train")]
         return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation)
+
+    def try_batch_sizes(self, settings: Mapping[str, Any]) -> Choice:
+        """The batch size that suits the device which will train."""
+        trainer, seed = settings["trainer"], settings["seed"]
+        eager = replace(self.training, compile=False)  # every size would be compiled anew
+        task = make_task(
+            copy.deepcopy(self.model), self.objective, self.corruption, eager, seed, self.tiling.standardise
+        )
+        device = "cpu" if trainer["accelerator"] == "cpu" else pick_device("auto")
+        return choose(Trial(task, self.tiles, device, pick_precision(trainer)).seconds)
+
+    def with_batch_size(self, size: int) -> _Parts:
+        return replace(self, training=replace(self.training, batch_size=size))
 
     def learn(self) -> nn.Module:
         """What takes the place of the trainer for a model that learns by itself."""

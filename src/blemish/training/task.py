@@ -69,7 +69,8 @@ class ReconstructionTask(pl.LightningModule):
             given, target = light.remove(given), light.remove(target)
         return given.contiguous(memory_format=self._format), target, mask
 
-    def _loss(self, x: Tensor) -> Loss:
+    def loss_of(self, x: Tensor) -> Loss:
+        """Of clean tiles (B, C, H, W) in [0, 1], corrupted anew."""
         given, target, mask = self._corrupted(x)
         loss: Loss = self.objective(self._forward(given), observed_by(self.model, target), mask, self.global_step)
         return loss
@@ -83,7 +84,7 @@ class ReconstructionTask(pl.LightningModule):
         return standardised(x) if self.standardise else x
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
+        loss = self.loss_of(batch)
         self.log("train/loss", loss.total, prog_bar=True)
         self._log_parts(loss)
         return loss.total
@@ -93,7 +94,7 @@ class ReconstructionTask(pl.LightningModule):
             self.log(f"train/{name}", getattr(loss, name))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val/loss", self.held_out(self._loss(batch)), prog_bar=True, sync_dist=True)
+        self.log("val/loss", self.held_out(self.loss_of(batch)), prog_bar=True, sync_dist=True)
         # What the score map will be made of, on clean input.
         shown = self.shown(batch)
         clean = self.objective.residual(observed_by(self.model, shown), self._forward(shown).expected)
