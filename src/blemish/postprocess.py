@@ -67,16 +67,26 @@ class Cleaning:
         """
         if not mask.any():
             return mask, []
-        count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+        window = _bounds(mask)  # labelling costs more than finding where there is something to label
+        count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask[window].view(np.uint8), connectivity=8)
         kept = np.flatnonzero(boxes[:, cv2.CC_STAT_AREA] >= self.min_area)
         kept = kept[kept > 0]  # 0 is the background
         if len(kept) < count - 1:
-            mask = np.isin(labels, kept)
-        regions = []
+            mask = np.zeros_like(mask)
+            mask[window] = np.isin(labels, kept)
+        scores, regions = score_map[window], []
         for label in kept:
             left, top, width, height, area = (int(value) for value in boxes[label])
-            window = slice(top, top + height), slice(left, left + width)
-            part, inside = score_map[window], labels[window] == label
+            box = slice(top, top + height), slice(left, left + width)
+            part, inside = scores[box], labels[box] == label
             p = p_value(part, inside) if p_value else None
+            left, top = left + window[1].start, top + window[0].start
             regions.append(Region(left, top, width, height, area, float(part[inside].max()), p))
         return mask, sorted(regions, key=lambda region: -region.score)
+
+
+def _bounds(mask: Mask) -> tuple[slice, slice]:
+    """The smallest window that holds all of a mask (H, W) that is not empty."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
