@@ -131,7 +131,7 @@ TABLE = [
     (FEW + "training.steps=4.5", "training.steps"),
     (FEW + "training.batch_size=0", "training.batch_size"),
     (FEW + "training.batch_size=many", "expects a whole number or auto"),
-    (FEW + "model=pca backbone=colour_histogram training.batch_size=auto", "set a number"),
+    ("train data.root={world}/few model=ganomaly calibration.alpha=0.1 training.batch_size=auto", "set a number"),
     (FEW + "training.learning_rate=-1", "training.learning_rate"),
     (FEW + "training.learning_rate=fast", "training.learning_rate"),
     (FEW + "training.workers=-1", "training.workers"),

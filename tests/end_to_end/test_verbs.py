@@ -239,10 +239,11 @@ def test_files_hold_what_the_detector_says(predicted, tiny_run, tiny_data):
     detector = load_detector(tiny_run)
     for row in rows_of(predicted):
         name = row["path"].removeprefix(f"{tiny_data / 'test'}/").removesuffix(".png")
-        prediction = detector(row["path"])
         with Image.open(predicted / f"maps/{name}.tiff") as image:
             score_map = np.asarray(image)
-        np.testing.assert_array_equal(score_map, prediction.score_map, strict=True)
+        # Some processors add up a single tile in another order than one among others: the last bits differ.
+        np.testing.assert_allclose(score_map, detector(row["path"]).score_map, rtol=0, atol=1e-5, strict=True)
+        prediction = detector.decide(score_map)
         mask = read_mask(predicted / f"masks/{name}.png", score_map.shape)
         np.testing.assert_array_equal(mask, score_map > detector.calibration.threshold, strict=True)
         assert row["image_score"] == score_map.max() == prediction.image_score
@@ -261,7 +262,8 @@ def test_heat_maps_share_the_scale_of_the_calibration(predicted, tiny_run, tiny_
     detector = load_detector(tiny_run)
     for name in ("good/000", "blob/000"):
         pixels = read_pixels(tiny_data / f"test/{name}.png")
-        prediction = detector(pixels)
+        with Image.open(predicted / f"maps/{name}.tiff") as image:
+            prediction = detector.decide(np.asarray(image))
         expected = heat_map(prediction.score_map, detector.calibration.threshold, pixels, prediction.mask)
         np.testing.assert_array_equal(read_pixels(predicted / f"heatmaps/{name}.png"), expected, strict=True)
 
@@ -343,11 +345,7 @@ def interrupt(out, done, torn='{"path": "/torn'):
     return [json.loads(line) for line in lines]
 
 
-def without_seconds(rows):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def test_killed_prediction_goes_on_where_it_was(run_cli, tiny_run, tiny_data, predicted, tmp_path):
+def test_killed_prediction_goes_on_where_it_was(run_cli, tiny_run, tiny_data, predicted, tmp_path, assert_same_rows):
     out = shutil.copytree(predicted, tmp_path / "out")
     rows = interrupt(out, done=4)
     for path in [out / "maps/blob/000.tiff", out / "maps/good/007.tiff"]:
@@ -356,7 +354,7 @@ def test_killed_prediction_goes_on_where_it_was(run_cli, tiny_run, tiny_data, pr
     assert result.code == 0, result.err
     assert "4 of them before the interruption" in result.out
     after = rows_of(out)
-    assert without_seconds(after) == without_seconds(rows)
+    assert_same_rows(after, rows)
     assert after[:4] == rows[:4]
     assert not (out / "maps/blob/000.tiff").exists() and (out / "maps/good/007.tiff").exists()
 
@@ -510,7 +508,7 @@ def test_calibration_on_other_normals_keeps_the_model(run_copy, run_cli, save, t
     assert after.fingerprint == before.fingerprint and after.calibration.n == 20
     assert after.calibration.promise == before.calibration.promise
     expected = sorted(float(before.score_map(read_image(path)).max()) for path in (tmp_path / "new").iterdir())
-    assert list(after.calibration.scores) == expected
+    assert list(after.calibration.scores) == pytest.approx(expected, rel=1e-5)
     assert read_json(run_copy / "card.json") == after.calibration.to_dict()
     assert {"made"} & set(read_json(run_copy / "card.json"))
 
