@@ -27,15 +27,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
 
-from benchmark_cell import busy_seconds, cores_of_others
-from benchmark_report import latest, write_table
+from benchmark_cell import busy_seconds, cores_of_others, fingerprint
+from benchmark_report import latest, read_results, write_table
 from blemish import __version__
+from blemish.cli import config_folder
 from blemish.errors import BlemishError, ConfigError, nearest_names
 from blemish.files import explain_write_errors, write_json
 
@@ -63,8 +65,8 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Names what was asked for: a result counts as long as nobody asks for something else."""
-        asked = [__version__, self.data, self.row, str(self.seed), *self.overrides]
+        """Names what was asked for, defaults included: a result counts as long as nobody asks for something else."""
+        asked = [__version__, self.data, self.row, str(self.seed), *self.overrides, _composed(self.overrides)]
         return hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]
 
     @property
@@ -73,6 +75,22 @@ class Cell:
 
     def folder(self, out: Path) -> Path:
         return out / "runs" / self.data / self.row / str(self.seed)
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> str:
+    """The fingerprint of the settings that they make; empty if they make none, which the training then says."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            settings: Any = OmegaConf.to_container(compose("train", ["data=mvtec", *overrides]))
+    except (HydraException, OmegaConfBaseException):
+        return ""
+    return fingerprint(settings)
 
 
 @dataclass(frozen=True)
@@ -198,17 +216,6 @@ def _seeds(value: object, where: str) -> tuple[int, ...]:
 
 
 # --- results ------------------------------------------------------------------------------------------------------
-
-
-def read_results(file: Path) -> list[dict[str, Any]]:
-    """The lines of results.jsonl; one torn by a kill is left out."""
-    results = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            result = json.loads(line)
-            if isinstance(result, dict) and {"data", "row", "seed", "status", "key"} <= result.keys():
-                results.append(result)
-    return results
 
 
 def append_result(file: Path, result: Mapping[str, Any]) -> None:

@@ -78,10 +78,14 @@ def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings of a run, but for its folders and the seed."""
-    data = {key: value for key, value in settings["data"].items() if key != "root"}
-    kept = {key: value for key, value in settings.items() if key not in ("out", "resume", "seed")} | {"data": data}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the settings of `blemish train`, but for its folders, and for seeds, a model's own included."""
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: kept(part) for key, part in value.items() if key not in ("out", "resume", "seed", "root")}
+
+    return hashlib.sha256(json.dumps(kept(settings), sort_keys=True).encode()).hexdigest()
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def measure(run: Path) -> dict[str, Any]:
     about = read_json(run / "run.json")
     if not (run / "metrics.json").is_file():
         raise DataError("The data set has no test part: there is nothing to measure.")
-    detector = load_detector(run, "cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
+    detector = load_detector(run, "cpu" if settings["trainer"].get("accelerator") == "cpu" else "auto")
     card = detector.card
     paths = images_of(run)
     with tempfile.TemporaryDirectory() as name:

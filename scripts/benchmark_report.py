@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ FIGURES = {
 }
 
 
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl; one torn by a kill is left out."""
+    results = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            result = json.loads(line)
+            if isinstance(result, dict) and {"data", "row", "seed", "status", "key"} <= result.keys():
+                results.append(result)
+    return results
+
+
 def latest(results: Sequence[Result]) -> list[Result]:
     """The results that count, rows in order of their first appearance.
 
@@ -49,7 +61,7 @@ def latest(results: Sequence[Result]) -> list[Result]:
 
 
 def _asked(result: Result) -> tuple[Any, ...]:
-    return result.get("software"), tuple(result.get("overrides", ()))
+    return result.get("software"), tuple(result.get("overrides", ())), result.get("config_fingerprint")
 
 
 def write_table(file: Path, results: Sequence[Result]) -> None:

@@ -347,7 +347,9 @@ def train(folder: Path, model: str, training: Sequence[Path], steps: int, seed: 
     rows = [{"path": path, "label": "good"} for path in training]
     settings = [*MODELS[model], f"image.max_side={SIDE}", "tiling.size=128", f"training.steps={steps}", f"seed={seed}"]
     settings += ["image.channels=1", "training.steps_per_epoch=50", "training.patience=null"]
-    key = hashlib.sha256("\n".join([__version__, *settings, *(path.name for path in training)]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\n".join([__version__, *settings, *digest_files(training, progress=False)]).encode()
+    ).hexdigest()
     run = folder / f"{model}-{key[:12]}"
     if (run / "detector.pt").is_file():
         return run

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmark_report import latest
+from benchmark_report import latest, read_results
 from ranking import FIGURES, pairs, spearman
 
 
@@ -30,8 +30,7 @@ def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     rows = []
     for folder in folders:
         if (folder / "results.jsonl").is_file():
-            lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-            results = latest([json.loads(line) for line in lines])
+            results = latest(read_results(folder / "results.jsonl"))
             rows += [{"group": result["data"], **pairs(result)} for result in results if result["status"] == "done"]
             continue
         for file in sorted(folder.rglob("synthetic.json")):

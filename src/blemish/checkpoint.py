@@ -27,7 +27,7 @@ from blemish.data.splits import SplitRecord, Splits
 from blemish.detector import Detector, TileDetector
 from blemish.ensemble import Ensemble
 from blemish.errors import CheckpointError, ConfigError
-from blemish.files import CARD_FILE, write_bytes, write_json
+from blemish.files import CARD_FILE, DETECTOR_FILE, write_bytes, write_json
 from blemish.normalisation import SpatialNormalisation
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
@@ -36,7 +36,6 @@ from blemish.scores.engine import TorchScorer
 from blemish.tiling import Tiling
 
 FORMAT = 3
-DETECTOR_FILE = "detector.pt"
 PARTS = ("model", "score", "image", "tiling", "smoothing", "normalisation", "cleaning")
 """The sections of a run's config that make a detector; a checkpoint carries just these."""
 _ENSEMBLE_PARTS = ("join", "cleaning")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blemish.errors import ConfigError, DataError
+from blemish.files import DETECTOR_FILE
 from blemish.sweep import LOG_FILE, Report
 
 if TYPE_CHECKING:
@@ -172,6 +173,12 @@ def _print_unusable(sentences: list[str]) -> int:
     return SOME_FAILED if sentences else DONE
 
 
+def _run_of(config: Any, usage: str) -> Path:
+    """The folder of a run, be its detector named or the folder; or an exported file."""
+    run = Path(_required(config, "run", usage))
+    return run.parent if run.name == DETECTOR_FILE else run
+
+
 def _run_settings(run: Path) -> dict[str, Any]:
     import yaml
 
@@ -191,7 +198,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     from blemish.files import CARD_FILE
     from blemish.mask_rules import SETTINGS
 
-    run = Path(_required(config, "run", "calibrate run=RUN data.root=DIR"))
+    run = _run_of(config, "calibrate run=RUN data.root=DIR")
     content = read_checkpoint(run)
     card = content["calibration"]
     before: dict[str, Any] = {}
@@ -243,12 +250,16 @@ def _evaluate(config: Any, overrides: list[str]) -> int:
     from blemish import pipeline
     from blemish.engines.load import results_folder
     from blemish.loading import load_detector
+    from blemish.rows import check_own
 
-    run = Path(_required(config, "run", "evaluate run=RUN data=mvtec data.root=DIR"))
+    run = _run_of(config, "evaluate run=RUN data=mvtec data.root=DIR")
     detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     own = OmegaConf.is_missing(config.data, "root")
     records = _read(_run_settings(run)["data"] if own else _plain(config.data)).sound()
-    out = Path(config.out) if config.out is not None else results_folder(run, config.engine)
+    own_folder = results_folder(run, config.engine)
+    out = Path(config.out) if config.out is not None else own_folder
+    if out.resolve() != own_folder.resolve():
+        check_own(out, "evaluation.csv", "an evaluation")
     metrics = pipeline.evaluate(detector, records, out, gallery=config.report.images)
     code = _print_metrics(metrics, detector.card)
     print(f"written: {out / 'metrics.json'}")
@@ -261,9 +272,9 @@ def _predict(config: Any, overrides: list[str]) -> int:
     from blemish.engines.load import results_folder
     from blemish.loading import load_detector
 
-    run = Path(_required(config, "run", "predict run=RUN input=DIR out=OUT"))
+    run = _run_of(config, "predict run=RUN input=DIR out=OUT")
     inputs = _inputs(config, "predict run=RUN input=DIR out=OUT")
-    out = Path(config.out) if config.out is not None else dated(results_folder(run) / "predictions")
+    out = Path(config.out) if config.out is not None else dated(results_folder(run, config.engine) / "predictions")
     detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     print(f"writing to: {out}", flush=True)
     summary = pipeline.predict(detector, inputs, out, config.overwrite, config.fdr, config.report.images)
@@ -296,7 +307,7 @@ def _export(config: Any, overrides: list[str]) -> int:
     from blemish.export.run import check, export
     from blemish.files import CARD_FILE
 
-    run = Path(_required(config, "run", "export run=RUN format=onnx"))
+    run = _run_of(config, "export run=RUN format=onnx")
     detector = load_detector(run, "cpu", config.trusted)
     check(detector, config.format, config.images, config.precision)
     settings = read_checkpoint(run)["config"]
@@ -392,7 +403,7 @@ def _monitor(config: Any, overrides: list[str]) -> int:
     from blemish.engines.load import results_folder
     from blemish.loading import load_detector
 
-    run = Path(_required(config, "run", "monitor run=RUN input=DIR"))
+    run = _run_of(config, "monitor run=RUN input=DIR")
     inputs = _inputs(config, "monitor run=RUN input=DIR")
     state = Path(config.state) if config.state is not None else results_folder(run, config.engine) / "monitor.jsonl"
     detector = load_detector(run, config.device, config.trusted, engine=config.engine)

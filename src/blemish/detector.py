@@ -19,6 +19,9 @@ from blemish.postprocess import Cleaning, Mask, Region, Smoothing
 from blemish.preprocess import Preprocess
 from blemish.tiling import TileScorer, Tiling, apply_tiled, blend_tiles
 
+PIXELS_AT_ONCE = 2**24
+"""Of images at their own size, beyond a single one: scored at once, each with its map."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -173,19 +176,22 @@ class TileDetector(Detector):
         return classes
 
     def score_batches(self, images: Iterable[Pixels], explain: bool = False) -> Iterator[list[ScoredImage]]:
-        """As `Detector`. Neighbours of equal size share batches of up to `tiling.batch` tiles."""
+        """As `Detector`. Neighbours of equal size share batches of up to `tiling.batch` tiles and PIXELS_AT_ONCE."""
         waiting: list[tuple[Pixels, tuple[int, int]]] = []
+        at_own_size = 0
         for image in images:
             pixels = check_pixels(image)
-            scored = self.preprocess(pixels)
+            scored, (height, width) = self.preprocess(pixels), pixels.shape[:2]
             if waiting and (
                 scored.shape != waiting[0][0].shape
                 or scored.dtype != waiting[0][0].dtype
                 or len(waiting) * self.tiling.count(*scored.shape[:2]) >= self.tiling.batch
+                or at_own_size + height * width > PIXELS_AT_ONCE
             ):
                 yield self._score(waiting, explain)
-                waiting = []
-            waiting.append((scored, (pixels.shape[0], pixels.shape[1])))
+                waiting, at_own_size = [], 0
+            waiting.append((scored, (height, width)))
+            at_own_size += height * width
         if waiting:
             yield self._score(waiting, explain)
 

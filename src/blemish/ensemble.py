@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from blemish.data.images import FloatArray, Pixels, check_pixels, probe
-from blemish.detector import Detector, ScoredImage
+from blemish.detector import PIXELS_AT_ONCE, Detector, ScoredImage
 from blemish.errors import ConfigError, DataError, nearest_names
 from blemish.postprocess import Cleaning
-from blemish.scoring import PIXELS_AHEAD, score_files
+from blemish.scoring import score_files
 
 JOINS: dict[str, np.ufunc] = {"mean": np.add, "max": np.maximum}
 UNIT_QUANTILE = 0.999
@@ -76,7 +76,7 @@ class Ensemble(Detector):
         pixels = 0
         for image in map(check_pixels, images):
             area = image.shape[0] * image.shape[1]
-            if waiting and (len(waiting) == _IMAGES_AT_ONCE or pixels + area > PIXELS_AHEAD):
+            if waiting and (len(waiting) == _IMAGES_AT_ONCE or pixels + area > PIXELS_AT_ONCE):
                 yield self._score(waiting, explain)
                 waiting, pixels = [], 0
             waiting.append(image)

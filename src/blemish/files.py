@@ -6,17 +6,21 @@ import csv
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from blemish.errors import BlemishError
 
+if sys.platform != "win32":
+    import fcntl
+
 CARD_FILE = "card.json"
 """The calibration card, beside every artefact that rests on it."""
-CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
-"""The resolved settings of a run, and how it came about and how far."""
+CONFIG_FILE, RUN_FILE, DETECTOR_FILE = "config.yaml", "run.json", "detector.pt"
+"""The resolved settings of a run, how it came about and how far, and what it came to."""
 GALLERY_FILE = "gallery.zip"
 """Thumbnails for the report, beside the table of the images that they show."""
 
@@ -57,6 +61,28 @@ def atomic(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def hold(file: IO[bytes], taken: str) -> None:
+    """Keep other processes from an open file until it is closed; where there are no locks, nothing happens.
+
+    Raises:
+        BlemishError: another process holds it; `taken` is the sentence that says so.
+    """
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlemishError(taken) from error
+        except OSError:
+            pass  # some network drives have no locks
+
+
+def append_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
+    """Add a line of strict JSON to an unbuffered file. Raises OSError, which may leave a part of the line."""
+    line = json.dumps(content, allow_nan=False).encode() + b"\n"
+    while line:
+        line = line[file.write(line) :]  # a nearly full disk takes a part
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -18,11 +17,8 @@ import numpy.typing as npt
 
 from blemish import __version__
 from blemish.drift import Drift, Martingale, ks_test
-from blemish.errors import BlemishError, CalibrationError, ConfigError, DataError
-from blemish.files import explain_write_errors
-
-if sys.platform != "win32":
-    import fcntl
+from blemish.errors import CalibrationError, ConfigError, DataError
+from blemish.files import append_line, explain_write_errors, hold
 
 _BEGINNING = b'{"software": "blemish", "version": '  # of every journal
 _BEGIN_AGAIN = "choose another state=, or delete it to begin again"
@@ -110,7 +106,10 @@ class Monitor:
             "unit": unit,
         }
         try:
-            monitor._lock()
+            hold(
+                monitor._file,
+                f"{state} is in use by another `blemish monitor`: wait for it, or choose another state=.",
+            )
             if not monitor._read(header):
                 monitor._append(header)
         except BaseException:
@@ -194,25 +193,12 @@ class Monitor:
             "log_martingale": self._log,
         }
 
-    def _lock(self) -> None:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlemishError(
-                    f"{self._path} is in use by another `blemish monitor`: wait for it, or choose another state=."
-                ) from error
-            except OSError:
-                pass  # some network drives have no locks
-
     def _append(self, line: Mapping[str, Any]) -> None:
         """Put a line on the disk, or leave the journal as it was and close it."""
-        content = json.dumps(line, allow_nan=False).encode() + b"\n"
         with explain_write_errors(self._path):
             before = os.fstat(self._file.fileno()).st_size
             try:
-                while content:
-                    content = content[self._file.write(content) :]  # a nearly full disk takes a part
+                append_line(self._file, line)
                 os.fsync(self._file.fileno())
             except OSError:
                 with self._file:

@@ -29,7 +29,7 @@ from blemish.drift import Drift
 from blemish.errors import BlemishError, CalibrationError, ConfigError, DataError, ImageError
 from blemish.evaluation.metrics import Evaluation
 from blemish.evaluation.synthetic import read_metric, synthetic_defects_figure, write_figure
-from blemish.files import CARD_FILE, GALLERY_FILE, write_csv, write_json
+from blemish.files import CARD_FILE, DETECTOR_FILE, GALLERY_FILE, write_csv, write_json
 from blemish.mask_rules import MaskRule
 from blemish.monitoring import Monitor
 from blemish.noise import NoiseEstimator
@@ -511,7 +511,7 @@ def compare(folder: Path) -> tuple[list[str], list[list[object]]]:
             stale = metrics["made"]["calibration"]["threshold"] != card.thresholds
             row += [metrics["normals"]["false_alarm_rate"], "recalibrated since: evaluate again" if stale else ""]
         else:
-            finished = (run / "detector.pt").is_file()
+            finished = (run / DETECTOR_FILE).is_file()
             stopped = "stopped early by the sweep" if one["status"] == "pruned" else "unfinished or failed"
             row += [None] * (len(figures) + 2) + ["no test part" if finished else stopped]
         rows.append(row)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from blemish.errors import BlemishError
-from blemish.files import atomic, explain_write_errors, write_json
+from blemish.files import append_line, atomic, explain_write_errors, hold, write_json
 
 _MAKERS = {
     "run.json": "a run",
@@ -39,7 +41,8 @@ class UnfinishedRows:
         what: the results, for messages. others: what has made them if something of `same` has changed, likewise.
 
     Raises:
-        BlemishError: `out` holds results of another kind, or finished ones, or unfinished ones made otherwise.
+        BlemishError: `out` holds results of another kind, or finished ones, or unfinished ones made otherwise, or
+            another process is writing there.
     """
 
     def __init__(
@@ -57,42 +60,54 @@ class UnfinishedRows:
         self.file = out / f".{table}.jsonl.part"
         self._finished, about = out / f"{table}.jsonl", out / made_file
         check_own(out, made_file, what)
-        if overwrite and about.is_file():
-            for old in (self.file, self._finished, self._finished.with_suffix(".csv"), *(out / name for name in owned)):
-                if old.is_dir():
-                    shutil.rmtree(old, ignore_errors=True)
-                else:
-                    old.unlink(missing_ok=True)
-        if self._finished.exists():
-            raise BlemishError(f"{out} already holds {what}: choose another out=, or set overwrite=true.")
-        if self.file.exists() and about.is_file():
-            before = json.loads(about.read_text(encoding="utf-8"))
-            if any(before.get(key) != made[key] for key in same):
-                raise BlemishError(
-                    f"{out} holds unfinished {what} of {others}: choose another out=, or set overwrite=true."
-                )
-        write_json(about, dict(made))
+        finished = BlemishError(f"{out} already holds {what}: choose another out=, or set overwrite=true.")
+        if self._finished.exists() and not overwrite:
+            raise finished
+        with explain_write_errors(self.file):
+            out.mkdir(parents=True, exist_ok=True)
+            self._rows = FileIO(self.file, "ab")
+        try:
+            hold(self._rows, f"Another `blemish` is writing {what} to {out}: wait for it, or choose another out=.")
+            if overwrite and about.is_file():
+                self._remove(out / name for name in owned)
+            elif self._finished.exists():  # by the one that was waited for
+                self._rows.close()
+                self.file.unlink(missing_ok=True)
+                raise finished
+            if os.fstat(self._rows.fileno()).st_size and about.is_file():
+                before = json.loads(about.read_text(encoding="utf-8"))
+                if any(before.get(key) != made[key] for key in same):
+                    raise BlemishError(
+                        f"{out} holds unfinished {what} of {others}: choose another out=, or set overwrite=true."
+                    )
+            write_json(about, dict(made))
+        except BaseException:
+            self._rows.close()
+            raise
+
+    def _remove(self, others: Iterable[Path]) -> None:
+        """Earlier results, finished or not."""
+        self._rows.truncate(0)
+        for old in (self._finished, self._finished.with_suffix(".csv"), *others):
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
 
     def done(self) -> list[dict[str, Any]]:
         """The rows that an interrupted run has finished; one torn by a kill is cut off."""
-        if not self.file.exists():
-            return []
         with explain_write_errors(self.file):
             content = self.file.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:
-                self.file.write_bytes(whole)
+            self._rows.truncate(len(whole))
         return [json.loads(line) for line in whole.splitlines()]
 
     def append(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Append rows, each flushed before it is handed on."""
-        with explain_write_errors(self.file):
-            file = self.file.open("ab", buffering=0)  # closing has nothing left to write, and to fail with
-        with file:
-            for row in rows:
-                with explain_write_errors(self.file):
-                    file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-                yield row
+        for row in rows:
+            with explain_write_errors(self.file):
+                append_line(self._rows, row)
+            yield row
 
     def finish(self, columns: Sequence[str], rows: Iterator[dict[str, Any]] | None = None) -> None:
         """Turn the rows, or the changed ones of `rows`, into NAME.csv and NAME.jsonl; lists are JSON in the former."""
@@ -108,6 +123,7 @@ class UnfinishedRows:
                 lines.write(json.dumps(row, allow_nan=False) + "\n")
                 nested = {key: json.dumps(value) for key, value in row.items() if isinstance(value, (list, dict))}
                 writer.writerow(row | nested)
+        self._rows.close()
         with explain_write_errors(self.file):
             self.file.unlink()
 

@@ -24,11 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from blemish import __version__
-from blemish.errors import BlemishError, ConfigError
-from blemish.files import explain_write_errors, write_json
-
-if sys.platform != "win32":
-    import fcntl
+from blemish.errors import ConfigError
+from blemish.files import explain_write_errors, hold, write_json
 
 SWEEP_FILE, STUDY_FILE, LOG_FILE = "sweep.json", "study.db", "log.txt"
 _FAILED = 2  # exit code of a sweep in which a run failed
@@ -346,15 +343,7 @@ def _lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("wb")
     with file:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlemishError(
-                    f"Another `blemish train --multirun` works in {folder}: wait for it, or choose another out=."
-                ) from error
-            except OSError:
-                pass  # some network drives have no locks
+        hold(file, f"Another `blemish train --multirun` works in {folder}: wait for it, or choose another out=.")
         yield
 
 

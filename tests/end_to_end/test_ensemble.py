@@ -10,10 +10,11 @@ import yaml
 from PIL import Image
 
 from blemish import load_detector
-from blemish.checkpoint import DETECTOR_FILE, read_checkpoint
+from blemish.checkpoint import read_checkpoint
 from blemish.data.images import read_pixels
 from blemish.ensemble import Ensemble
 from blemish.errors import CalibrationError, CheckpointError, ConfigError
+from blemish.files import DETECTOR_FILE
 from blemish.models.run_encoder import RunEncoder
 
 

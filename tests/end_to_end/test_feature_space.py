@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from blemish import load_detector
-from blemish.checkpoint import DETECTOR_FILE, read_checkpoint
+from blemish.checkpoint import read_checkpoint
 from blemish.data.images import read_pixels
 from blemish.errors import CheckpointError
+from blemish.files import DETECTOR_FILE
 
 FEATURES = (
     *("image.size=32", "synthetic.images=0", "trainer=cpu"),
@@ -106,3 +107,16 @@ def test_a_siamese_run_is_loaded_again_and_compares_pairs(run_cli, tiny_data, tm
     words = ("strategy=siamese", f"strategy.run={run}", "alignment.motion=none", "threshold.kind=otsu")
     found = run_cli(["diff", tiny_data / "test/good/000.png", image, f"out={tmp_path / 'pair'}", *words])
     assert found.code == 0 and "different" in found.out, found.err
+
+
+def test_what_a_model_learns_anew_after_a_kill_is_timed_anew(run_cli, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    words = ("model=pca", "backbone=colour_histogram", "image.size=32", "synthetic.images=0", "trainer=cpu")
+    assert run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", *words, FEATURES[-1]]).code == 0
+    about = json.loads((run / "run.json").read_text("utf-8"))
+    about |= {"status": "trained", "training_seconds": 1e6, "training_core_seconds": 1e6}
+    (run / "run.json").write_text(json.dumps(about), "utf-8")  # as if killed while it calibrated
+    (run / DETECTOR_FILE).unlink()
+    assert run_cli(["train", f"resume={run}"]).code == 0
+    again = json.loads((run / "run.json").read_text("utf-8"))
+    assert again["status"] == "done" and max(again["training_seconds"], again["training_core_seconds"]) < 1e5

@@ -14,6 +14,7 @@ from PIL import Image
 
 from blemish import __version__, load_detector
 from blemish.data.images import read_image, read_mask, read_pixels
+from blemish.files import hold
 from blemish.pictures import heat_map
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -466,6 +467,16 @@ def test_evaluation_rows_agree_with_predictions(tiny_run, run_cli, predicted, tm
         assert rows[row["path"]]["decision"] == row["decision"]
 
 
+def test_evaluation_does_not_replace_what_another_detector_made(run_cli, tiny_run, run_copy, predicted, tmp_path):
+    out = shutil.copytree(predicted, tmp_path / "out")
+    for folder, found in ((run_copy, "a run"), (out, "predictions")):
+        before = (folder / "card.json").read_bytes()
+        result = run_cli(["evaluate", f"run={tiny_run}", f"out={folder}"])
+        assert result.code == 2 and f"holds {found}" in result.sentences[0]
+        assert (folder / "card.json").read_bytes() == before
+    assert run_cli(["evaluate", f"run={run_copy}", f"out={run_copy}"]).code == 0  # its own
+
+
 def test_evaluation_of_other_data(tiny_run, run_cli, make_mvtec, tmp_path):
     make_mvtec(tmp_path / "other", train=1, good=3, blob=2)
     result = run_cli(["evaluate", f"run={tiny_run}", "data.root=other", "out=out"])
@@ -493,6 +504,26 @@ def test_unusable_test_images_and_masks_are_reported(tiny_run, run_cli, make_mvt
     metrics = read_json(tmp_path / "out/metrics.json")
     assert len(metrics["unreadable"]) == 2
     assert (metrics["normals"]["images"], metrics["overall"]["images"]) == (2, 2)
+
+
+def test_two_predictions_do_not_write_into_one_folder(run_cli, tiny_run, tiny_data, predicted, tmp_path):
+    out = shutil.copytree(predicted, tmp_path / "out")
+    rows = interrupt(out, done=4)
+    words = ["predict", f"run={tiny_run}", f"input={tiny_data / 'test'}", "out=out"]
+    with (out / ".predictions.jsonl.part").open("ab") as other:
+        hold(other, "")
+        for command in (words, [*words, "overwrite=true"]):
+            result = run_cli(command)
+            assert result.code == 2 and len(result.sentences) == 1
+            assert "Another `blemish` is writing predictions to out" in result.sentences[0]
+    assert run_cli(words).code == 0 and len(rows_of(out)) == len(rows)
+
+
+def test_the_detector_in_a_run_names_the_run(run_cli, run_copy, tiny_data, tmp_path):
+    assert run_cli(["predict", f"run={run_copy / 'detector.pt'}", f"input={tiny_data / 'test/blob'}"]).code == 0
+    assert [out.name for out in (run_copy / "predictions").iterdir()]
+    assert run_cli(["calibrate", f"run={run_copy / 'detector.pt'}", "calibration.alpha=0.2"]).code == 0
+    assert read_json(run_copy / "card.json")["promise"]["alpha"] == 0.2
 
 
 # --- calibrate ------------------------------------------------------------------------------------------------

@@ -110,6 +110,25 @@ def test_many_images_score_as_one_by_one():
             np.testing.assert_array_equal(score_map, one_path.score_map(image), strict=True)
 
 
+def test_large_images_do_not_wait_for_a_full_batch(monkeypatch):
+    """They are one tile each when shrunk, but are held, and get their maps, at their own size."""
+    monkeypatch.setattr("blemish.detector.PIXELS_AT_ONCE", 3 * 40 * 60)
+    drawn, ahead, maps = 0, [], []
+
+    def images():
+        nonlocal drawn
+        for seed in range(10):
+            drawn += 1
+            yield noise((40, 60), seed)
+
+    for batch in detector(max_side=16, batch=32).score_batches(images()):
+        ahead.append(drawn - len(maps))
+        maps += batch
+    assert len(maps) == 10 and max(ahead) == 4
+    monkeypatch.setattr("blemish.detector.PIXELS_AT_ONCE", 1)
+    assert [len(batch) for batch in detector(max_side=16).score_batches(images())] == [1] * 10
+
+
 def test_tiling_batch_changes_no_value():
     pixels = noise((70, 90))
     np.testing.assert_array_equal(detector(batch=1).score_map(pixels), detector(batch=64).score_map(pixels))

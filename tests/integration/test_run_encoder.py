@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from blemish import load_detector
-from blemish.checkpoint import DETECTOR_FILE
 from blemish.errors import CheckpointError, ConfigError
+from blemish.files import DETECTOR_FILE
 from blemish.models.autoencoder import ConvAutoencoder
 from blemish.models.contracts import Encoding
 from blemish.models.kde import KernelDensity

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -310,6 +311,31 @@ def test_seeds_of_other_settings_are_not_mixed(report):
     old = [line(seed=seed, image_auroc=0.2) for seed in (0, 1)]
     new = line(seed=0, image_auroc=0.7, overrides=["a=c"], key="new")
     assert [result["key"] for result in report.latest([*old, new])] == ["new"]
+
+
+def test_seeds_of_other_defaults_are_not_mixed(report):
+    old = [line(seed=seed, config_fingerprint="a") for seed in (0, 1)]
+    new = line(seed=0, config_fingerprint="b", key="new")
+    assert [result["key"] for result in report.latest([*old, new])] == ["new"]
+
+
+def test_a_fingerprint_of_settings_leaves_out_folders_and_seeds(scripts):
+    fingerprint = importlib.import_module("benchmark_cell").fingerprint
+    settings = {"seed": 0, "out": "a", "data": {"root": "b", "kind": "c"}, "model": {"seed": 0, "width": 4}}
+    other = {"seed": 1, "out": "d", "data": {"root": "e", "kind": "c"}, "model": {"seed": 1, "width": 4}}
+    assert fingerprint(settings) == fingerprint(other)
+    assert fingerprint(settings) != fingerprint(settings | {"model": {"seed": 0, "width": 8}})
+
+
+def test_a_changed_default_is_another_cell(bench, tmp_path, monkeypatch):
+    cell = bench.Cell("dice", "plain", 0, tmp_path, ("model=conv_ae", "model.width=4"), 5)
+    key = cell.key
+    copy = shutil.copytree(bench.config_folder(), tmp_path / "configs")
+    (copy / "train.yaml").write_text((copy / "train.yaml").read_text("utf-8").replace("steps: 1500", "steps: 1600"))
+    monkeypatch.setattr(bench, "config_folder", lambda: copy)
+    bench._composed.cache_clear()
+    assert cell.key != key
+    bench._composed.cache_clear()
 
 
 def test_a_later_failure_hides_nothing(report):

@@ -91,7 +91,7 @@ def test_images_are_gone_through_once_and_few_are_held(monkeypatch, at_once):
 
 
 def test_large_images_are_held_one_at_a_time(monkeypatch):
-    monkeypatch.setattr("blemish.ensemble.PIXELS_AHEAD", 700)
+    monkeypatch.setattr("blemish.ensemble.PIXELS_AT_ONCE", 700)
     assert [len(batch) for batch in ensemble().score_batches(IMAGES)] == [1] * len(IMAGES)
 
 

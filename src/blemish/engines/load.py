@@ -118,7 +118,7 @@ def results_folder(run: Path, engine: str = "torch") -> Path:
     if is_exported(run):
         return run.parent
     folder = run if run.is_dir() else run.parent
-    return folder / INT8_FOLDER if engine == INT8 else run
+    return folder / INT8_FOLDER if engine == INT8 else folder
 
 
 def check_engine(engine: str) -> None:

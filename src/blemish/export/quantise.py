@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from blemish.data.images import FloatArray
+from blemish.data.images import FloatArray, probe
 from blemish.detector import TileDetector
 from blemish.engines.description import TILES
-from blemish.errors import BlemishError, ExportError
+from blemish.errors import BlemishError, ExportError, ImageError
 from blemish.export.graph import cannot
 from blemish.export.writing import quiet
 from blemish.scoring import score_files, usable
@@ -116,6 +116,7 @@ class TileReader:
         self._detector = replace(detector, scorer=self._keep)
         self._paths, self._bar = paths, bar
         self._tiles: list[FloatArray] = []
+        self._seen, self._chosen = 0, set[int]()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -123,18 +124,30 @@ class TileReader:
     def set_range(self, start_index: int, end_index: int) -> None:
         """The images that `get_next` goes through next. Raises DataError if one of them cannot be used."""
         self._tiles.clear()
-        for scored in score_files(self._detector, self._paths[start_index:end_index]):
+        paths = self._paths[start_index:end_index]
+        self._seen, self._chosen = 0, set(spread(range(sum(map(self._count, paths))), _TILES))
+        for scored in score_files(self._detector, paths):
             usable(scored)
             if self._bar is not None:
                 self._bar.update()
-        self._tiles = spread(self._tiles, _TILES)
 
     def get_next(self) -> dict[str, FloatArray] | None:
         """A tile (1, C, t, t) in [0, 1] under the name of the graph's input; None when there are no more."""
         return {TILES: self._tiles.pop(0)} if self._tiles else None
 
+    def _count(self, path: Path) -> int:
+        """The tiles of an image; 0 if it cannot be read, which scoring says."""
+        try:
+            info = probe(path)
+        except ImageError:
+            return 0
+        return self._detector.tiling.count(*self._detector.preprocess.scored_size(info.height, info.width))
+
     def _keep(self, tiles: FloatArray) -> FloatArray:
-        self._tiles += np.split(np.array(tiles, np.float32, order="C"), len(tiles))
+        for place in range(len(tiles)):
+            if self._seen + place in self._chosen:  # of a huge image, all would not fit into memory
+                self._tiles.append(np.array(tiles[place : place + 1], np.float32, order="C"))
+        self._seen += len(tiles)
         return np.zeros((len(tiles), *tiles.shape[2:]), np.float32)
 
 

@@ -207,10 +207,14 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_trainer(trainer: Mapping[str, Any], model: nn.Module, accumulate: int = 1) -> None:
-    """Raise ConfigError if Lightning cannot work with these arguments on this machine, or not for this model.
+def check_trainer(trainer: Mapping[str, Any], model: nn.Module, accumulate: int = 1) -> str:
+    """The device that will train, the first of several; "cpu" for any that is no CUDA device.
 
-    `accumulate`: batches per step.
+    Args:
+        accumulate: batches per step.
+
+    Raises:
+        ConfigError: Lightning cannot work with these arguments on this machine, or not for this model.
     """
     _quieten()
     taken = sorted(_OWN_ARGUMENTS & trainer.keys())
@@ -229,17 +233,19 @@ def check_trainer(trainer: Mapping[str, Any], model: nn.Module, accumulate: int 
             check_adversarial(accumulate, arguments["precision"], lightning.world_size)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"The settings of trainer do not fit: {error}") from error
+    device = lightning.strategy.root_device
+    return str(device) if device.type == "cuda" else "cpu"
 
 
-def check_compile(model: nn.Module) -> None:
-    """Raise ConfigError if torch.compile cannot prepare this model, or nothing on this machine."""
+def check_compile(model: nn.Module, device: str = "cpu") -> None:
+    """Raise ConfigError if torch.compile cannot prepare this model, or nothing on this device."""
     if isinstance(model, (Adversarial, Fittable)):
         raise ConfigError(
             f"training.compile=true is for models that the trainer trains by one loss, and {type(model).__name__} "
             "learns otherwise: leave it out."
         )
     try:
-        torch.compile(torch.neg)(torch.zeros(2))
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
     except Exception as error:  # of a compiler that is missing, in any of its ways
         raise ConfigError(
             "training.compile=true needs a C++ compiler (and on a GPU Triton) that torch.compile can use, found none "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blemish import pipeline
 from blemish.build import build, build_section, locate
 from blemish.calibration import read_settings
-from blemish.checkpoint import PARTS, about_run, assemble, build_model, pick_device, save_detector, trained_on
+from blemish.checkpoint import PARTS, about_run, assemble, build_model, save_detector, trained_on
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
 from blemish.data.images import probe
@@ -48,6 +48,7 @@ from blemish.training.fit import (
 from blemish.training.objectives import ReconstructionObjective
 
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
+_COSTS = ("training_seconds", "training_core_seconds")
 _MOST_TO_LEARN = 1000  # tiles, for models that learn by themselves
 
 
@@ -123,7 +124,8 @@ class _Again:
 
 @dataclass(frozen=True)
 class _Parts:
-    """All that is built from settings and images before a run folder is made; `labels` are of the training images."""
+    """All that is built from settings and images before a run folder is made; `labels` are of the training images,
+    `device` is the one that trains, and then calibrates and evaluates."""
 
     model: nn.Module
     objective: ReconstructionObjective
@@ -135,6 +137,7 @@ class _Parts:
     tiles: TrainingTiles
     labels: list[str | None]
     validation: ValidationTiles
+    device: str
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], splits: Splits) -> _Parts:
@@ -149,9 +152,9 @@ class _Parts:
             _check_normalisation(splits, normalisation, preprocess, settings["calibration"]["mask_rule"])
         torch.manual_seed(settings["seed"])
         model = build_model(settings)
-        check_trainer(settings["trainer"], model, training.accumulate)
+        device = check_trainer(settings["trainer"], model, training.accumulate)
         if training.compile:
-            check_compile(model)
+            check_compile(model, device)
         if by_trial:
             check_trial(model)
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
@@ -176,7 +179,9 @@ class _Parts:
                 "pixels, such as image.size=256 tiling.size=256."
             )
         labels = [item.record.label for item in splits.of("train")]
-        return cls(model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation)
+        return cls(
+            model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation, device
+        )
 
     def try_batch_sizes(self, settings: Mapping[str, Any]) -> Choice:
         """The batch size that suits the device which will train."""
@@ -185,8 +190,7 @@ class _Parts:
         task = make_task(
             copy.deepcopy(self.model), self.objective, self.corruption, eager, seed, self.tiling.standardise
         )
-        device = "cpu" if trainer["accelerator"] == "cpu" else pick_device("auto")
-        return choose(Trial(task, self.tiles, device, pick_precision(trainer)).seconds)
+        return choose(Trial(task, self.tiles, self.device, pick_precision(trainer)).seconds)
 
     def with_batch_size(self, size: int) -> _Parts:
         return replace(self, training=replace(self.training, batch_size=size))
@@ -268,9 +272,12 @@ def _go_on(
     about: dict[str, Any],
     report: Report | None = None,
 ) -> Finished:
-    """From a prepared folder to a finished one; steps that are done are not done again."""
+    """From a prepared folder to a finished one. A training that is done is not done again; but what a model learns by
+    itself is kept with the finished detector only, so that it learns anew."""
     print(f"run folder: {run}", flush=True)
     by_itself = isinstance(parts.model, Fittable)
+    if by_itself and about["status"] == "trained":
+        about = {key: value for key, value in about.items() if key not in _COSTS}
     if about["status"] == "trained" and not by_itself:
         model = load_best(run, parts.model)
     else:
@@ -304,11 +311,11 @@ def _go_on(
             raise
         finally:  # an interrupted training took its time, too
             taken = time.monotonic() - began[0], time.process_time() - began[1]
-            for name, seconds in zip(("training_seconds", "training_core_seconds"), taken, strict=True):
+            for name, seconds in zip(_COSTS, taken, strict=True):
                 about[name] = round(about.get(name, 0.0) + seconds, 3)
             write_json(run / RUN_FILE, about)
     trained = trained_on([item for name in SPLITS[:2] for item in splits.of(name)])
-    device = pick_device("cpu" if settings["trainer"]["accelerator"] == "cpu" else "auto")
+    device = parts.device
     if isinstance(parts.score, FittableScore):
         parts.score.fit(model.eval().to(device), parts.shown(parts.validation, device))
     detector = assemble(settings, model, about=about, device=device, score=parts.score)
