@@ -1,7 +1,8 @@
 """How time and peak memory grow: with images, their size, the tiles' overlap, and calibration scores.
 
     python scripts/cost_curves.py [--out costs.md] [--plot costs.png] [--images 100 1000 10000 100000]
-                                  [--sides 256 1024 4096 16384] [--scores 10 1000 100000 1000000]
+                                  [--large 4 16 64] [--sides 256 1024 4096 16384]
+                                  [--scores 10 1000 100000 1000000]
 
 An untrained autoencoder of the smallest kind predicts with everything written, so that what is around the model counts;
 tiles are 128 pixels. Every figure is taken in a process of its own. Images repeat, by links. Memory is the peak above
@@ -30,9 +31,10 @@ from invented_run import invent_run, random_images, save_images
 
 SMALLEST = (
     *("model=conv_ae", "model.width=4", "model.depth=2", "model.latent_dim=4", "corruption=none", "score=residual"),
-    *("residual=l1", "image.short_side=null", "image.square=null", "tiling.standardise=false"),
+    *("residual=l1", "tiling.standardise=false"),
 )
-TILE, SIDE = 128, 64
+OWN_SIZE, SHRUNK = ("image.short_side=null", "image.square=null"), ("image.short_side=128",)
+TILE, SIDE, LARGE_SIDE = 128, 64, 2048
 OVERLAPS = (0.0, 0.25, 0.5, 0.75)
 WORKER = """
 import json, sys, time
@@ -91,11 +93,11 @@ def measure(code: str, *words: object) -> dict[str, float]:
     return found
 
 
-def by_images(run: Path, counts: Sequence[int], folder: Path) -> list[Point]:
-    """Of `SIDE` pixels; links to 100 of them."""
-    originals = save_images(random_images(100, SIDE), folder / "originals")
+def by_images(run: Path, counts: Sequence[int], folder: Path, side: int, different: int) -> list[Point]:
+    """Of `side` pixels; links to so many `different` ones."""
+    originals = save_images(random_images(different, side), folder / f"originals {side}")
     points = []
-    for count in tqdm(counts, "images"):
+    for count in tqdm(counts, f"images of {side} x {side}"):
         with tempfile.TemporaryDirectory(dir=folder) as name:
             links = Path(name) / "images"
             links.mkdir()
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("costs.md"))
     parser.add_argument("--plot", type=Path, default=Path("costs.png"))
     parser.add_argument("--images", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
+    parser.add_argument("--large", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--scores", type=int, nargs="+", default=[10, 1000, 100_000, 1_000_000])
     arguments = parser.parse_args()
@@ -190,24 +193,31 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = invent_run(folder / "run", SMALLEST, TILE)
+        run = invent_run(folder / "run", (*SMALLEST, *OWN_SIZE), TILE)
+        shrinking = invent_run(folder / "shrinking", (*SMALLEST, *SHRUNK), TILE)
         curves = {
-            "images": by_images(run, arguments.images, folder),
+            "images": by_images(run, arguments.images, folder, SIDE, 100),
+            "large images": by_images(shrinking, arguments.large, folder, LARGE_SIDE, 4),
             "side": by_side(run, arguments.sides, folder),
             "overlap": by_overlap(run, folder),
             "calibration scores": by_scores(arguments.scores),
         }
     works: dict[str, tuple[Callable[[Point], float], str, str]] = {
         "images": (lambda point: point.size, "image", f"Images of {SIDE} x {SIDE}, all files written."),
+        "large images": (lambda point: point.size, "image", f"Images of {LARGE_SIDE} x {LARGE_SIDE}, each shrunk to "
+                         "one tile; maps, heat maps and masks are of the image's own size."),
         "side": (lambda point: point.size**2 / 1e6, "megapixel", "One image; growth with its pixels."),
         "overlap": (lambda point: 1 / (1 - point.size) ** 2, "unit of tiles", "One image of 1024 x 1024; in units of "
                     "the tiles without overlap."),
         "calibration scores": (lambda point: point.size, "score", "Fitting a card, and asking it for a p-value."),
     }  # fmt: skip
     machine: dict[str, Any] = hardware("cpu")
+    command = ["python scripts/cost_curves.py"]
+    for name in ("images", "large", "sides", "scores"):
+        command += [f"--{name}", *map(str, getattr(arguments, name))]
     parts = [
         f"# Costs: blemish {__version__}",
-        f"Made by `python scripts/cost_curves.py`. {machine['cpu']}, {machine['cores']} cores.",
+        f"Made by `{' '.join(command)}`. {machine['cpu']}, {machine['cores']} cores.",
         f"![Curves](images/{arguments.plot.name})",
     ]
     for of, points in curves.items():
