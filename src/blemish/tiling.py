@@ -31,7 +31,7 @@ class Tiling:
 
     size: int = 128
     overlap: float = 0.25
-    batch: int = 32
+    batch: int = 8
     standardise: bool = False
 
     def __post_init__(self) -> None:
