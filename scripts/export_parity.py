@@ -21,6 +21,7 @@ from tqdm import tqdm
 from benchmark_cell import hardware, read_json
 from benchmark_report import as_table
 
+REFUSED = "refused, see below"
 FORMATS = ("onnx", "openvino", "torch")
 HEADERS = ("run", "format", "score maps", "image scores", "p-values", "decisions that differ", "MiB")
 
@@ -40,7 +41,7 @@ def parts_of(run: Path, images: int) -> tuple[list[Path], list[Path]]:
 
 
 def rows_of(run: Path, images: int) -> list[list[object]]:
-    """A row for each format; one that cannot hold the run says why."""
+    """A row for each format; of one that cannot hold the run, a short one that says why."""
     from blemish import load_detector
     from blemish.engines.load import PROGRAMS, load_exported
     from blemish.errors import BlemishError
@@ -58,7 +59,7 @@ def rows_of(run: Path, images: int) -> list[list[object]]:
             try:
                 made = export(detector, settings, form, Path(folder), calibration, min(16, images), progress=False)
             except BlemishError as error:
-                rows.append([model, form, str(error), "", "", "", ""])
+                rows.append([model, form, str(error)])
                 continue
             size = sum(file.stat().st_size for file in Path(folder).iterdir()) / 2**20
             other = replace(load_exported(made.path, "cpu", [PROGRAMS]), calibration=detector.card)
@@ -85,7 +86,8 @@ def text_of(rows: Sequence[Sequence[object]], images: int) -> str:
             "calibration and test images, scores in units of the largest one; decisions on the test images. A p-value "
             "moves by a rank where a score and a calibration score are equal but for rounding. "
             f"{machine['cpu']}, torch {machine['torch']}.",
-            as_table(HEADERS, rows),
+            as_table(HEADERS, [row if len(row) == len(HEADERS) else [*row[:2], REFUSED] for row in rows]),
+            *(f"`{model}`, {form}: {sentence}" for model, form, sentence, *rest in rows if not rest),
         ]
     )
 
