@@ -19,9 +19,10 @@ import numpy as np
 
 from blemish.data.images import FloatArray
 from blemish.errors import CalibrationError, ConfigError
-from blemish.postprocess import Mask
+from blemish.postprocess import Mask, bounds
 
 MASK_RULES = ("any_pixel", "area_fraction", "region", "parametric_noise")
+_MORE = 4  # times as many of the largest scores, where those looked at hold no region
 SETTINGS = {"area_fraction": "tau", "region": "region_area"}
 """The setting that matters for a rule."""
 
@@ -116,8 +117,8 @@ def _largest_level_with_region(score_map: FloatArray, area: int) -> float:
     """The largest value v for which {map >= v} has a region of `area` or more pixels; 0 if the map is smaller.
 
     Whether there is such a region can only change from yes to no as v grows, so bisection over the map's own values,
-    with regions found by OpenCV's union-find, is exact: about 20 labellings for a map of 1000 x 1000
-    (docs/decisions/0007).
+    with regions found by OpenCV's union-find, is exact (docs/decisions/0007). Where scores are smooth, the value is
+    among the few largest: more and more of these are looked at until it is.
     """
     if area > score_map.size:
         return 0.0
@@ -125,8 +126,12 @@ def _largest_level_with_region(score_map: FloatArray, area: int) -> float:
         return max(0.0, float(score_map.max()))
     # A region of that size needs as many pixels at its level, so the level is no larger than this.
     highest = _exceeded_by(score_map, area - 1)
-    values = np.unique(score_map[score_map <= highest])
-    low, high = 0, len(values) - 1  # at values[0] the whole map is one region
+    count, lowest = area, highest
+    while count < score_map.size and not _has_region(score_map >= lowest, area):
+        count = min(_MORE * count, score_map.size)
+        lowest = float(np.partition(score_map, score_map.size - count, axis=None)[score_map.size - count])
+    values = np.unique(score_map[(score_map >= lowest) & (score_map <= highest)])
+    low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high + 1) // 2
         if _has_region(score_map >= values[middle], area):
@@ -137,5 +142,5 @@ def _largest_level_with_region(score_map: FloatArray, area: int) -> float:
 
 
 def _has_region(mask: np.ndarray[Any, np.dtype[np.bool_]], area: int) -> bool:
-    _, _, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    _, _, boxes, _ = cv2.connectedComponentsWithStats(mask[bounds(mask)].view(np.uint8), connectivity=8)
     return bool((boxes[1:, cv2.CC_STAT_AREA] >= area).any())

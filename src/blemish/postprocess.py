@@ -67,7 +67,7 @@ class Cleaning:
         """
         if not mask.any():
             return mask, []
-        window = _bounds(mask)  # labelling costs more than finding where there is something to label
+        window = bounds(mask)  # labelling costs more than finding where there is something to label
         count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask[window].view(np.uint8), connectivity=8)
         kept = np.flatnonzero(boxes[:, cv2.CC_STAT_AREA] >= self.min_area)
         kept = kept[kept > 0]  # 0 is the background
@@ -85,7 +85,7 @@ class Cleaning:
         return mask, sorted(regions, key=lambda region: -region.score)
 
 
-def _bounds(mask: Mask) -> tuple[slice, slice]:
+def bounds(mask: Mask) -> tuple[slice, slice]:
     """The smallest window that holds all of a mask (H, W) that is not empty."""
     rows = np.flatnonzero(mask.any(axis=1))
     columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
