@@ -264,7 +264,7 @@ def against_peer(folder: Path) -> str:
     features = PatchCore({}).learn(images[:1]).shape[1]
     small = PatchCore({}, {"bank": torch.rand(PEER_BANK, features)})
     # As the peer has it where nothing is said: its network, and a tenth of all patches of PEER_IMAGES images.
-    usual = PatchCore({}, {"bank": torch.rand(PEER_BANK, features)})
+    usual = PatchCore({})
     usual.model = PatchcoreModel(("layer2", "layer3"), "wide_resnet50_2", pre_trained=False).eval()
     patches, width = PEER_IMAGES * (PEER_SIDE // 8) ** 2 // 10, sum(usual.model.feature_extractor.out_dims)
     usual.model.memory_bank = torch.rand(patches, width)

@@ -129,7 +129,7 @@ def _largest_level_with_region(score_map: FloatArray, area: int) -> float:
     count, lowest = area, highest
     while count < score_map.size and not _has_region(score_map >= lowest, area):
         count = min(_MORE * count, score_map.size)
-        lowest = float(np.partition(score_map, score_map.size - count, axis=None)[score_map.size - count])
+        lowest = _exceeded_by(score_map, count - 1)
     values = np.unique(score_map[(score_map >= lowest) & (score_map <= highest)])
     low, high = 0, len(values) - 1
     while low < high:

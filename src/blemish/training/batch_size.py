@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blemish.data.datasets import TrainingTiles
 from blemish.errors import ConfigError
-from blemish.models.contracts import Adversarial, Fittable
 from blemish.training.task import ReconstructionTask
 
 AUTO = "auto"
@@ -62,15 +61,6 @@ def choose(seconds: Callable[[int], float | None]) -> Choice:
             break
         size *= 2
     return Choice(size, speeds)
-
-
-def check_trial(model: nn.Module) -> None:
-    """Raise ConfigError if this model's batches cannot be tried: it learns by itself, or against a discriminator."""
-    if isinstance(model, (Adversarial, Fittable)):
-        raise ConfigError(
-            f"training.batch_size=auto is for models that the trainer trains by one loss, and {type(model).__name__} "
-            "learns otherwise: set a number."
-        )
 
 
 class Trial:

@@ -237,13 +237,21 @@ def check_trainer(trainer: Mapping[str, Any], model: nn.Module, accumulate: int 
     return str(device) if device.type == "cuda" else "cpu"
 
 
-def check_compile(model: nn.Module, device: str = "cpu") -> None:
-    """Raise ConfigError if torch.compile cannot prepare this model, or nothing on this device."""
+def check_one_loss(model: nn.Module, setting: str, otherwise: str) -> None:
+    """Raise ConfigError if a setting is for other models: this one learns by itself, or against a discriminator.
+
+    `otherwise`: what to do then.
+    """
     if isinstance(model, (Adversarial, Fittable)):
         raise ConfigError(
-            f"training.compile=true is for models that the trainer trains by one loss, and {type(model).__name__} "
-            "learns otherwise: leave it out."
+            f"{setting} is for models that the trainer trains by one loss, and {type(model).__name__} learns "
+            f"otherwise: {otherwise}."
         )
+
+
+def check_compile(model: nn.Module, device: str = "cpu") -> None:
+    """Raise ConfigError if torch.compile cannot prepare this model, or nothing on this device."""
+    check_one_loss(model, "training.compile=true", "leave it out")
     try:
         torch.compile(torch.neg)(torch.zeros(2, device=device))
     except Exception as error:  # of a compiler that is missing, in any of its ways

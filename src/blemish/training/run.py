@@ -34,11 +34,12 @@ from blemish.scores.contracts import FittableScore, Score
 from blemish.standardise import standardised
 from blemish.sweep import Report
 from blemish.tiling import Tiling
-from blemish.training.batch_size import AUTO, Choice, Trial, check_trial, choose, with_batch_size
+from blemish.training.batch_size import AUTO, Choice, Trial, choose, with_batch_size
 from blemish.training.callbacks import Pruned, SyntheticWatch
 from blemish.training.fit import (
     TrainingSettings,
     check_compile,
+    check_one_loss,
     check_trainer,
     fit,
     load_best,
@@ -156,7 +157,7 @@ class _Parts:
         if training.compile:
             check_compile(model, device)
         if by_trial:
-            check_trial(model)
+            check_one_loss(model, "training.batch_size=auto", "set a number")
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
         promise, _ = read_settings(settings["calibration"])
