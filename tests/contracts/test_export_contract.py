@@ -17,7 +17,7 @@ from blemish.export import writing
 from blemish.export.graph import check_exportable, input_shape, tiles_at_once, trace
 from blemish.export.parity import TOLERANCE
 from blemish.models.contracts import Contrasting, Fittable, Preparing, observed_by
-from blemish.scores.contracts import FittableScore
+from blemish.scores.contracts import FittableScore, learning_parts
 
 MODELS, SCORES, RESIDUALS = (
     [path.stem for path in sorted((config_folder() / group).glob("*.yaml"))] for group in ("model", "score", "residual")
@@ -74,6 +74,8 @@ def make(settings, installed):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+        for part in learning_parts(score):
+            part.learn(network.eval(), [x])
         if isinstance(score, FittableScore):
             score.fit(network.eval(), [x])
         return assemble(composed, network.eval(), score=score)

@@ -11,7 +11,7 @@ from blemish.checkpoint import build_model
 from blemish.cli import config_folder
 from blemish.errors import ConfigError
 from blemish.models.contracts import Fittable
-from blemish.scores.contracts import FittableScore
+from blemish.scores.contracts import FittableScore, learning_parts
 from blemish.scores.engine import TorchScorer
 
 NAMES = sorted(path.stem for path in (config_folder() / "score").glob("*.yaml"))
@@ -165,6 +165,8 @@ def test_it_serves_the_tile_scorer(make, name, channels):
 @every_score
 def test_it_survives_saving_also_after_it_has_learned(make, name):
     score, model = make(name)
+    for part in learning_parts(score):
+        part.learn(model, [tiles(seed=seed) for seed in range(4)])
     if isinstance(score, FittableScore):
         score.fit(model, (tiles(seed=seed) for seed in range(4)))
     saved = io.BytesIO()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,10 +42,9 @@ def test_defaults_are_what_the_manual_says(default_run):
     settings = settings_of(default_run)
     assert settings["model"]["_target_"].endswith(".RepairAutoencoder") and settings["model"]["mask_head"]
     assert settings["corruption"]["_target_"].endswith(".Structured")
-    assert [term["_target_"].rpartition(".")[2] for term in settings["score"]["terms"]] == [
-        "ResidualScore",
-        "MaskScore",
-    ]
+    assert settings["score"]["_target_"].endswith(".DensityScore")
+    terms = settings["score"]["other"]["terms"]
+    assert [term["_target_"].rpartition(".")[2] for term in terms] == ["ResidualScore", "MaskScore"]
     assert settings["tiling"]["standardise"] is True and settings["trainer"]["precision"] == "auto"
 
 
@@ -56,18 +54,26 @@ def test_what_is_null_was_taken_from_the_images_and_saved(default_run):
     assert settings["image"]["channels"] == saved["image"]["channels"] == saved["model"]["channels"] == 1
 
 
-def test_score_has_learned_of_standardised_validation_tiles(default_run, tiny_data):
+def shown_to_the_score(run, data, detector, split):
+    """Batches of the standardised tiles of a part."""
+    with (run / "splits.csv").open(newline="", encoding="utf-8") as file:
+        paths = [data / row["path"] for row in csv.DictReader(file) if row["split"] == split]
+    images = ImageCache(paths, detector.preprocess, 1e9, split, progress=False)
+    return [Light.of(x).remove(x) for x in ValidationTiles(images, detector.tiling).batches(4)]
+
+
+def test_score_has_learned_of_standardised_training_and_validation_tiles(default_run, tiny_data):
     detector, state = load_detector(default_run), read_checkpoint(default_run)["score_state"]
-    with (default_run / "splits.csv").open(newline="", encoding="utf-8") as file:
-        paths = [Path(row["path"]) for row in csv.DictReader(file) if row["split"] == "validation"]
-    assert len(paths) == 6
-    images = ImageCache([tiny_data / path for path in paths], detector.preprocess, 1e9, "validation", progress=False)
-    shown = [Light.of(x).remove(x) for x in ValidationTiles(images, detector.tiling).batches(4)]
-    detector.scorer.score.fit(detector.scorer.model, shown)
-    again = detector.scorer.score.state_dict()
-    for name in ("location", "scale"):
-        assert state[name].shape == (2,)
-        torch.testing.assert_close(state[name], again[name].cpu(), rtol=1e-2, atol=1e-4)
+    model, score = detector.scorer.model, detector.scorer.score
+    score.learn(model, shown_to_the_score(default_run, tiny_data, detector, "train"))
+    score.fit(model, shown_to_the_score(default_run, tiny_data, detector, "validation"))
+    again = score.state_dict()
+    assert state["centre"].shape == (8, 8, 20) and state["other.scale"].shape == (2,)
+    assert state.keys() == again.keys()
+    for name in ("projection", "centre", "median", "unit", "other.location", "other.scale"):
+        torch.testing.assert_close(state[name], again[name].cpu(), rtol=1e-2, atol=1e-3)
+    score.learn(model, shown_to_the_score(default_run, tiny_data, detector, "validation"))
+    assert (score.centre - state["centre"]).abs().max() > 0.01
 
 
 def test_saved_run_predicts_in_the_images_own_size_and_brightness(default_run, tiny_data):

@@ -1,4 +1,4 @@
-"""The default score: one pass of the model for all terms, and the residual alone where a model tells no mask."""
+"""What was repaired: one pass of the model for all terms, and the residual alone where a model tells no mask."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Slope(nn.Module):
             return torch.autograd.grad(model(x).expected.sum(), x)[0].abs()
 
 
-def repair_score():
-    path = config_folder() / "score/repair.yaml"
+def repaired_score():
+    path = config_folder() / "score/repaired.yaml"
     return build(yaml.safe_load(path.read_text(encoding="utf-8")), TRUSTED, "score")
 
 
@@ -180,8 +180,8 @@ def test_product_is_zero_only_where_a_term_is():
     assert ((score(model, x) == 0) == (score.terms[0](model, x) == 0)).all()
 
 
-def test_default_score_is_residual_times_mask_in_units_of_normal_tiles():
-    model, score = model_of(RepairAutoencoder), repair_score()
+def test_score_repaired_is_residual_times_mask_in_units_of_normal_tiles():
+    model, score = model_of(RepairAutoencoder), repaired_score()
     score.fit(model, [tiles(2), tiles(3)])
     x, by_hand = tiles(1), 1
     for number, term in enumerate([ResidualScore(GradientMagnitude(scales=3)), MaskScore()]):

@@ -62,6 +62,7 @@ class Output(NamedTuple):
         give what was observed as expected, and no residual can score them (see `EvidenceScore`).
     choice: (B,) int64, which of the model's `classes` (see `classes_of`) each tile is most like, for models that tell.
     features: of what was observed and of what was expected, on a grid of their own, for models that compare both.
+    activations: of the network's layers, (B, K, h, w) each, in any order, for models that show them.
     """
 
     observed: Tensor
@@ -74,6 +75,7 @@ class Output(NamedTuple):
     evidence: Tensor | None = None
     choice: Tensor | None = None
     features: Pair | None = None
+    activations: tuple[Tensor, ...] = ()
 
 
 class FeatureSource(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,35 @@ from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
 
 _MOST_VALUES = 2**24  # of what is read or inverted at once
+
+
+def whitener(covariance: Tensor, shrinkage: float) -> Tensor:
+    """(..., D, D) -> W of the same shape, float32, W^T W the inverse of covariance + shrinkage * identity."""
+    d = covariance.shape[-1]
+    identity = torch.eye(d, dtype=torch.float64, device=covariance.device)
+    lower = torch.linalg.cholesky(covariance.double() + shrinkage * identity)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+    return inverse.float()
+
+
+def gaussians_of_places(
+    cache: FeatureCache, prepared: Callable[[Tensor], Tensor], dimensions: int, shrinkage: float
+) -> tuple[Tensor, Tensor]:
+    """Mean (places, D) and whitening matrix (places, D, D) of normal tiles' features at each place, float32.
+
+    prepared: from features (N, places, K), as the cache holds them, to those that are judged, (N, places, D).
+    """
+    count = cache.values.shape[1] * cache.values.shape[2]
+    centre, whitening = torch.empty(count, dimensions), torch.empty(count, dimensions, dimensions)
+    step = max(1, _MOST_VALUES // max(cache.tiles * cache.values.shape[3], dimensions**2))
+    for first in tqdm(range(0, count, step), "covariances", unit="part", leave=False):
+        features = prepared(cache.places(first, first + step)).transpose(0, 1)  # (places, N, D)
+        middle = features.mean(dim=1)
+        apart = features - middle[:, None]
+        covariance = apart.transpose(1, 2) @ apart / max(1, cache.tiles - 1)
+        centre[first : first + step] = middle
+        whitening[first : first + step] = whitener(covariance, shrinkage)
+    return centre, whitening
 
 
 class _Whitened(FeatureModel):
@@ -42,14 +72,6 @@ class _Whitened(FeatureModel):
         d = self.dimensions
         self.register_buffer("centre", torch.zeros(*places, d))
         self.register_buffer("whitening", torch.eye(d).repeat(*places, 1, 1))
-
-    def whitener(self, covariance: Tensor) -> Tensor:
-        """(..., D, D) -> W of the same shape, float32, W^T W the inverse of covariance + shrinkage * identity."""
-        d = self.dimensions
-        identity = torch.eye(d, dtype=torch.float64, device=covariance.device)
-        lower = torch.linalg.cholesky(covariance.double() + self.shrinkage * identity)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-        return inverse.float()
 
     @abstractmethod
     def learn(self, cache: FeatureCache) -> None:
@@ -84,21 +106,11 @@ class PlaceGaussian(_Whitened):
         seed: int = 0,
     ) -> None:
         with torch.no_grad():
-            height, width = backbone(torch.zeros(1, 3, size, size)).shape[-2:]
+            height, width = backbone(torch.zeros(1, 1, size, size)).shape[-2:]
         super().__init__(backbone, (height, width), shrinkage, projection, dimensions, cache_gb, seed)
 
     def learn(self, cache: FeatureCache) -> None:
-        d, places = self.dimensions, self.centre[..., 0].numel()
-        # Not views of the buffers: these may lie in another memory format, and a view would be a copy.
-        centre, whitening = self.centre.new_empty(places, d), self.whitening.new_empty(places, d, d)
-        step = max(1, _MOST_VALUES // max(cache.tiles * self.backbone.features, d * d))
-        for first in tqdm(range(0, len(centre), step), "covariances", unit="part", leave=False):
-            features = self.prepared(cache.places(first, first + step)).transpose(0, 1)  # (places, N, D)
-            middle = features.mean(dim=1)
-            apart = features - middle[:, None]
-            covariance = apart.transpose(1, 2) @ apart / max(1, cache.tiles - 1)
-            centre[first : first + step] = middle
-            whitening[first : first + step] = self.whitener(covariance)
+        centre, whitening = gaussians_of_places(cache, self.prepared, self.dimensions, self.shrinkage)
         self.centre.copy_(centre.view(self.centre.shape))
         self.whitening.copy_(whitening.view(self.whitening.shape))
 
@@ -142,7 +154,7 @@ class GlobalGaussian(_Whitened):
     def learn(self, cache: FeatureCache) -> None:
         mean, covariance = self.moments(cache)
         self.centre.copy_(mean)
-        self.whitening.copy_(self.whitener(covariance))
+        self.whitening.copy_(whitener(covariance, self.shrinkage))
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         seen = torch.einsum("ij,bjhw->bihw", self.whitening, observed)

@@ -84,12 +84,14 @@ class RepairAutoencoder(nn.Module):
         check_tile(x.shape[-2], x.shape[-1], self.depth)
         features, expected = self.repair(x)
         if self.mask_decoder is None:
-            return Output(x, expected)
+            return Output(x, expected, activations=tuple(features))
         # The mask must not make the picture worse: no gradient from one to the other.
         difference = (x - expected).detach()
         pixels = F.pixel_unshuffle(torch.cat([difference, difference.abs()], 1), 2)
-        evidence = self.compare(torch.cat([self.mask_decoder(features), pixels], 1))
-        return Output(x, expected, repaired=F.pixel_shuffle(self.mask(evidence), 2))
+        searched = self.mask_decoder(features)
+        evidence = self.compare(torch.cat([searched, pixels], 1))
+        repaired = F.pixel_shuffle(self.mask(evidence), 2)
+        return Output(x, expected, repaired=repaired, activations=(*features, searched, evidence))
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> the bottleneck's features (B, D, H / 2^depth, W / 2^depth)."""

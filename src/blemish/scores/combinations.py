@@ -44,8 +44,7 @@ class CombinedScore(ExplainedScore):
             raise ConfigError("Expected one or more scores in score.terms, found none.")
         if join not in JOINS:
             raise ConfigError(f"Unknown score.join '{join}': {nearest_names(join, JOINS)}")
-        if not 0.5 < quantile < 1:
-            raise ConfigError(f"Expected score.quantile between 0.5 and 1, found {quantile}.")
+        check_quantile(quantile)
         self.terms = nn.ModuleList(terms)
         self.join, self.quantile = join, quantile
         self.register_buffer("location", torch.zeros(len(terms)))
@@ -59,7 +58,7 @@ class CombinedScore(ExplainedScore):
 
     def _ask(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of all terms, (B, K, H, W), and what the first one expected."""
-        once = _Remembering(model)
+        once = Remembering(model)
         explained = [explain(term, once, x) for term in self.terms]
         return torch.cat([score for score, _ in explained], dim=1), explained[0][1]
 
@@ -75,17 +74,23 @@ class CombinedScore(ExplainedScore):
         for number in range(len(self.terms)):
             values = torch.cat([score[:, number].flatten() for score in scores])
             if self.join != "product":
-                self.location[number] = _quantile(values, 0.5)
-            reach = _quantile(values, self.quantile) - self.location[number].to(values)
+                self.location[number] = quantile_of(values, 0.5)
+            reach = quantile_of(values, self.quantile) - self.location[number].to(values)
             self.scale[number] = reach.clamp(min=1e-6)  # a score may be constant on normal tiles
 
 
-def _quantile(values: Tensor, share: float) -> Tensor:
+def check_quantile(quantile: float) -> None:
+    """Raise ConfigError unless it is between 0.5 and 1."""
+    if not 0.5 < quantile < 1:
+        raise ConfigError(f"Expected score.quantile between 0.5 and 1, found {quantile}.")
+
+
+def quantile_of(values: Tensor, share: float) -> Tensor:
     """A scalar of the 1-D tensor; torch.quantile refuses so many values."""
     return values.kthvalue(max(1, round(share * len(values)))).values
 
 
-class _Remembering(nn.Module):
+class Remembering(nn.Module):
     """A model that answers the same tiles but once, so that several terms cost one forward pass.
 
     While it trains (Monte Carlo puts it so to draw) it is asked anew. Tiles are the same if they are the same object.

@@ -34,6 +34,20 @@ class FittableScore(Protocol):
         """Batches of normal tiles (B, C, H, W) in [0, 1], or standardised, none of which calibrates."""
 
 
+@runtime_checkable
+class LearningScore(Protocol):
+    """A score, or a part of one, that first learns of the tiles that trained the model, and keeps it in buffers."""
+
+    def learn(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Batches of training tiles as for `FittableScore`; may be gone through several times."""
+
+
+def learning_parts(score: Score) -> list[LearningScore]:
+    """The score itself, and what it is made of, as far as they learn of training tiles."""
+    parts = score.modules() if isinstance(score, nn.Module) else [score]
+    return [part for part in parts if isinstance(part, LearningScore)]
+
+
 class ExplainedScore(nn.Module, ABC):
     """Base of the scores that tell what they expected: subclasses implement `explain`."""
 
@@ -139,6 +153,13 @@ def check_counts(**numbers: int) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 1:
             raise ConfigError(f"Expected score.{name} to be a positive whole number, found {number}.")
+
+
+def check_positive(**numbers: float) -> None:
+    """Raise ConfigError if one of a score's numbers is not above 0."""
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ConfigError(f"Expected score.{name} > 0, found {number}.")
 
 
 def check_not_negative(**numbers: float) -> None:

@@ -30,7 +30,7 @@ from blemish.models.contracts import Contrasting, Fittable, Preparing, classes_o
 from blemish.normalisation import NormalisationSettings
 from blemish.pipeline import Finished
 from blemish.preprocess import Preprocess
-from blemish.scores.contracts import FittableScore, Score
+from blemish.scores.contracts import FittableScore, Score, learning_parts
 from blemish.standardise import standardised
 from blemish.sweep import Report
 from blemish.tiling import Tiling
@@ -211,6 +211,12 @@ class _Parts:
             normal = self._normal()
             self.model.prepare(_Again(lambda: self.shown(normal, "cpu")))
 
+    def teach_score(self, model: nn.Module) -> None:
+        """What comes after training, for a score that has a part which learns of training tiles."""
+        normal = self._normal()
+        for part in learning_parts(self.score):
+            part.learn(model, _Again(lambda: self.shown(normal, self.device)))
+
     def _normal(self) -> ValidationTiles:
         """Training tiles in fixed places."""
         return ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
@@ -317,8 +323,10 @@ def _go_on(
             write_json(run / RUN_FILE, about)
     trained = trained_on([item for name in SPLITS[:2] for item in splits.of(name)])
     device = parts.device
+    model = model.eval().to(device)
+    parts.teach_score(model)
     if isinstance(parts.score, FittableScore):
-        parts.score.fit(model.eval().to(device), parts.shown(parts.validation, device))
+        parts.score.fit(model, parts.shown(parts.validation, device))
     detector = assemble(settings, model, about=about, device=device, score=parts.score)
     if parts.normalisation.kind != "none":
         source = [item.record.path for item in splits.of(parts.normalisation.source)]

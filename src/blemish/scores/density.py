@@ -1,0 +1,157 @@
+"""The score that knows what a network's own activations look like on normal tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blemish.errors import ConfigError
+from blemish.models.feature_cache import cached
+from blemish.models.gaussian import gaussians_of_places
+from blemish.scores.combinations import Remembering, check_quantile, quantile_of
+from blemish.scores.contracts import (
+    ExplainedScore,
+    FittableScore,
+    check_counts,
+    check_positive,
+    enlarged,
+    explain,
+)
+
+_LEARNED = "projection", "centre", "whitening"  # their sizes follow from model and tiles
+_LEAST = 0.01  # of the mean deviation: a feature in which normal tiles agree is not blown up further
+
+
+class DensityScore(ExplainedScore):
+    """How far a model's activations at each place are from those of normal tiles there, times 1 + another score.
+
+    A network that learned to repair has learned to see what is not normal: where its layers say something unusual,
+    something is, though it painted what was there. The distance is Mahalanobis's, / sqrt(D), less the median of normal
+    tiles, and not below 0. Where parts do not lie alike, places differ from image to image and the distance says less;
+    what the model repaired still says something, so it amplifies, in units of what normal tiles show.
+
+    Sources: Li et al., CutPaste (CVPR 2021), a density of the features of a network that was trained to tell synthetic
+    defects; Defard et al., PaDiM (arXiv 2011.08785), one normal distribution for each place, over random projections.
+
+    `learn` learns the distributions of training tiles, `fit` median and unit of held-out ones. Before that,
+    while the model trains, and for models that show no activations, the other score stands alone.
+
+    Args:
+        other: that other score.
+        stride: pixels between two places, or what the model's finest layer has, if that is more.
+        dimensions: D, to which all layers together are projected at random, at most: a place costs 4 * D^2 bytes.
+        shrinkage: added to the diagonal of the covariance, whose entries are about 1; > 0.
+        quantile: of the other score over the pixels of normal tiles, which is its unit; between 0.5 and 1.
+        cache_gb: largest size of the temporary file of activations, in GiB. seed: of the projection.
+
+    Raises:
+        ConfigError: an argument is out of range, or (in use) tiles have another size than those that were learned.
+    """
+
+    projection: Tensor
+    centre: Tensor
+    whitening: Tensor
+    median: Tensor
+    unit: Tensor
+
+    def __init__(
+        self,
+        other: nn.Module,
+        stride: int = 4,
+        dimensions: int = 100,
+        shrinkage: float = 0.01,
+        quantile: float = 0.999,
+        cache_gb: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_counts(stride=stride, dimensions=dimensions)
+        check_positive(shrinkage=shrinkage, cache_gb=cache_gb)
+        check_quantile(quantile)
+        self.other, self.stride, self.dimensions, self.shrinkage = other, stride, dimensions, shrinkage
+        self.quantile, self.cache_gb, self.seed = quantile, cache_gb, seed
+        for name in _LEARNED:
+            self.register_buffer(name, torch.zeros(0))
+        self.register_buffer("median", torch.zeros(()))
+        self.register_buffer("unit", torch.ones(()))
+
+    @torch.inference_mode()
+    def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        other, expected, distance = self._ask(model, x)
+        if distance is None:
+            return other, expected
+        return (distance - self.median).clamp(min=0) * (1 + other / self.unit), expected
+
+    def _ask(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The other score and what it expected; the distance, (B, 1, H, W), or None if there is none."""
+        model = Remembering(model)
+        other, expected = explain(self.other, model, x)
+        activations = model(x).activations
+        if not (activations and self.centre.numel()):
+            return other, expected, None
+        grid = self._grid(activations, x)
+        if grid.shape[-2:] != self.centre.shape[:2]:
+            raise ConfigError(
+                f"DensityScore has learned a grid of {self.centre.shape[0]} x {self.centre.shape[1]} places, the tile "
+                f"has {grid.shape[-2]} x {grid.shape[-1]}: score tiles of the size that was trained."
+            )
+        projected = torch.einsum("dk,bkhw->bhwd", self.projection, grid) - self.centre
+        distance = torch.einsum("hwij,bhwj->bhwi", self.whitening, projected).square().mean(dim=-1).sqrt()
+        return other, expected, enlarged(distance[:, None], x)
+
+    @torch.no_grad()
+    def fit(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """As `FittableScore`."""
+        batches = list(batches)  # the other score goes through them, too
+        if isinstance(self.other, FittableScore):
+            self.other.fit(model, batches)
+        asked = [self._ask(model, x) for x in batches]
+        if distances := [distance.flatten() for _, _, distance in asked if distance is not None]:
+            self.median.copy_(quantile_of(torch.cat(distances), 0.5))
+            unit = quantile_of(torch.cat([other.flatten() for other, _, _ in asked]), self.quantile)
+            self.unit.copy_(unit.clamp(min=1e-6))
+
+    @torch.no_grad()
+    def learn(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """As `LearningScore`."""
+        some = next(iter(batches))[:1]
+        if not model(some.to(self.centre.device)).activations:
+            return
+        with cached(lambda x: self._grid(model(x).activations, x), batches, self.cache_gb, self.centre.device) as cache:
+            count = len(cache.mean)
+            dimensions = min(self.dimensions, count)
+            drawn = torch.randn(dimensions, count, generator=torch.Generator().manual_seed(self.seed))
+            deviation = cache.deviation.clamp(min=_LEAST * float(cache.deviation.mean()) + 1e-12)
+            projection = drawn / dimensions**0.5 / deviation
+            centre, whitening = gaussians_of_places(
+                cache, lambda features: (features - cache.mean) @ projection.T, dimensions, self.shrinkage
+            )
+            height, width = cache.values.shape[1:3]
+            self.projection = projection.to(self.centre)
+            self.whitening = whitening.view(height, width, dimensions, dimensions).to(self.centre)
+            self.centre = (centre + projection @ cache.mean).view(height, width, dimensions).to(self.centre)
+
+    def _grid(self, activations: Sequence[Tensor], x: Tensor) -> Tensor:
+        """All layers at one size, float32: (B, K, h, w)."""
+        finest = max(activations, key=lambda layer: layer.shape[-1])
+        factor = max(1, self.stride * finest.shape[-1] // x.shape[-1])
+        height, width = (max(1, side // factor) for side in finest.shape[-2:])
+        layers = []
+        for layer in activations:
+            layer = layer.float()
+            if (pooled := layer.shape[-1] // width) > 1:
+                layer = F.avg_pool2d(layer, min(pooled, *layer.shape[-2:]))
+            if layer.shape[-2:] != (height, width):
+                layer = F.interpolate(layer, (height, width), mode="bilinear", align_corners=False)
+            layers.append(layer)
+        return torch.cat(layers, dim=1)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in _LEARNED:
+            if (stored := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, torch.empty_like(stored, device=self.centre.device))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
