@@ -378,8 +378,9 @@ MEASURED = """\
 - AUROC and AUPRO: over all thresholds. AUPRO@0.3 and @0.05 are areas under the per-region overlap up to that share of
   false-positive pixels, divided by it. Pixel figures count defective images with a mask, and all normal ones.
 - Synthetic AUROC: on normal images with made-up defects. It needs no labels; it is no measure of real defects.
-- Training: wall seconds inside `fit`, with its validations and checkpoints, without reading the data set, calibration
-  and evaluation. Of cores: the processor time of all threads meanwhile, which other processes do not lengthen.
+- Training: wall seconds inside `fit` and of what the score learns of training tiles, with validations and checkpoints,
+  without reading the data set, calibration and evaluation. Of cores: the processor time of all threads meanwhile, which
+  other processes do not lengthen.
   tiles/s: optimiser steps times batch size, divided by the wall seconds. Peak MiB: resident memory of the whole
   `blemish train`, evaluation included.
 - images/s: images of the test part (64 at most), decoded and in memory, from pixels to score map, decision and mask;

@@ -119,9 +119,10 @@ class DensityScore(ExplainedScore):
     def learn(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         """As `LearningScore`."""
         some = next(iter(batches))[:1]
-        if not model(some.to(self.centre.device)).activations:
+        if not model(some).activations:
             return
-        with cached(lambda x: self._grid(model(x).activations, x), batches, self.cache_gb, self.centre.device) as cache:
+        self.to(some.device)
+        with cached(lambda x: self._grid(model(x).activations, x), batches, self.cache_gb, some.device) as cache:
             count = len(cache.mean)
             dimensions = min(self.dimensions, count)
             drawn = torch.randn(dimensions, count, generator=torch.Generator().manual_seed(self.seed))

@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,18 @@ def _check_normalisation(
                 )
 
 
+@contextmanager
+def _costs_added(about: dict[str, Any]) -> Iterator[None]:
+    """What happens here counts as training; an interrupted one took its time, too."""
+    began = time.monotonic(), time.process_time()
+    try:
+        yield
+    finally:
+        taken = time.monotonic() - began[0], time.process_time() - began[1]
+        for name, seconds in zip(_COSTS, taken, strict=True):
+            about[name] = round(about.get(name, 0.0) + seconds, 3)
+
+
 def _go_on(
     run: Path,
     settings: Mapping[str, Any],
@@ -291,40 +304,38 @@ def _go_on(
         watch = None
         if not by_itself and report is not None and settings["synthetic"]["images"]:
             watch = SyntheticWatch(parts.score, parts.validation, settings["optimized_metric"], report)
-        began = time.monotonic(), time.process_time()
         try:
-            if by_itself:
-                model = parts.learn()
-            else:
-                parts.prepare()
-                model = fit(
-                    run,
-                    parts.tiles,
-                    parts.validation,
-                    parts.model,
-                    parts.objective,
-                    parts.score,
-                    parts.corruption,
-                    parts.training,
-                    settings["trainer"],
-                    settings["seed"],
-                    parts.tiling.standardise,
-                    watch=watch,
-                )
+            with _costs_added(about):
+                if by_itself:
+                    model = parts.learn()
+                else:
+                    parts.prepare()
+                    model = fit(
+                        run,
+                        parts.tiles,
+                        parts.validation,
+                        parts.model,
+                        parts.objective,
+                        parts.score,
+                        parts.corruption,
+                        parts.training,
+                        settings["trainer"],
+                        settings["seed"],
+                        parts.tiling.standardise,
+                        watch=watch,
+                    )
             # Early stopping would let a resumed training go one epoch further.
             about["status"] = "trained"
         except Pruned:
             about["status"] = "pruned"
             raise
-        finally:  # an interrupted training took its time, too
-            taken = time.monotonic() - began[0], time.process_time() - began[1]
-            for name, seconds in zip(_COSTS, taken, strict=True):
-                about[name] = round(about.get(name, 0.0) + seconds, 3)
+        finally:
             write_json(run / RUN_FILE, about)
     trained = trained_on([item for name in SPLITS[:2] for item in splits.of(name)])
     device = parts.device
     model = model.eval().to(device)
-    parts.teach_score(model)
+    with _costs_added(about):
+        parts.teach_score(model)
     if isinstance(parts.score, FittableScore):
         parts.score.fit(model, parts.shown(parts.validation, device))
     detector = assemble(settings, model, about=about, device=device, score=parts.score)
