@@ -113,4 +113,6 @@ def test_other_models_work_with_all_other_defaults(model, tiny_data, run_cli, tm
     assert result.code == 0, result.err
     score_map = load_detector(run).score_map(texture(5))
     assert score_map.shape == (40, 48) and np.isfinite(score_map).all()
-    assert (read_checkpoint(run)["score_state"]["scale"][1] == 1) == (model != "unet")  # it alone has a mask head
+    state = read_checkpoint(run)["score_state"]
+    assert (state["other.scale"][1] == 1) == (model != "unet")  # it alone has a mask head
+    assert bool(state["centre"].numel()) == (model == "unet")  # and shows its activations
