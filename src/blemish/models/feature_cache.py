@@ -18,6 +18,8 @@ from tqdm import tqdm
 from blemish.errors import ConfigError
 from blemish.files import explain_write_errors
 
+_LEAST = 0.01  # of the mean deviation
+
 
 @dataclass(frozen=True)
 class FeatureCache:
@@ -29,6 +31,12 @@ class FeatureCache:
     values: npt.NDArray[np.float16]
     mean: Tensor
     deviation: Tensor
+
+    @property
+    def unit(self) -> Tensor:
+        """The deviation of each feature, (D,), but not much less than the mean one: where normal tiles agree, a feature
+        is not blown up further."""
+        return self.deviation.clamp(min=_LEAST * float(self.deviation.mean()) + 1e-12)
 
     @property
     def tiles(self) -> int:

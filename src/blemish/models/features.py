@@ -18,7 +18,12 @@ from blemish.models.feature_cache import FeatureCache, cached
 PROJECTIONS = ("none", "random", "pca")
 _MOST_FOR_PCA = 100_000  # patches
 _MOST_VALUES = 2**24  # held at once, 64 MiB
-_LEAST = 0.01  # of the mean deviation: a feature in which normal tiles agree is not blown up further
+
+
+def random_projection(dimensions: int, features: int, generator: torch.Generator) -> Tensor:
+    """(D, K), normally distributed; keeps distances on average (Johnson and Lindenstrauss)."""
+    matrix: Tensor = torch.randn(dimensions, features, generator=generator) / dimensions**0.5
+    return matrix
 
 
 class FeatureSpace(nn.Module):
@@ -60,7 +65,7 @@ class FeatureSpace(nn.Module):
         self.register_buffer("deviation", torch.ones(backbone.features))
         matrix = torch.eye(self.dimensions, backbone.features)
         if projection == "random":
-            matrix = torch.randn(matrix.shape, generator=self.generator()) / self.dimensions**0.5
+            matrix = random_projection(self.dimensions, backbone.features, self.generator())
         self.register_buffer("projection", None if projection == "none" else matrix)
 
     def generator(self) -> torch.Generator:
@@ -76,7 +81,7 @@ class FeatureSpace(nn.Module):
             cached(self.backbone, batches, self.cache_gb, device) as cache,
         ):
             self.mean.copy_(cache.mean)
-            self.deviation.copy_(cache.deviation.clamp(min=_LEAST * float(cache.deviation.mean()) + 1e-12))
+            self.deviation.copy_(cache.unit)
             if self.kind == "pca":
                 self._learn_components(cache.sample(_MOST_FOR_PCA, self.generator()))
             yield cache

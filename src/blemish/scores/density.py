@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blemish.errors import ConfigError
 from blemish.models.feature_cache import cached
+from blemish.models.features import random_projection
 from blemish.models.gaussian import gaussians_of_places
 from blemish.scores.combinations import Remembering, check_quantile, quantile_of
 from blemish.scores.contracts import (
@@ -23,7 +24,6 @@ from blemish.scores.contracts import (
 )
 
 _LEARNED = "projection", "centre", "whitening"  # their sizes follow from model and tiles
-_LEAST = 0.01  # of the mean deviation: a feature in which normal tiles agree is not blown up further
 
 
 class DensityScore(ExplainedScore):
@@ -109,11 +109,16 @@ class DensityScore(ExplainedScore):
         batches = list(batches)  # the other score goes through them, too
         if isinstance(self.other, FittableScore):
             self.other.fit(model, batches)
-        asked = [self._ask(model, x) for x in batches]
-        if distances := [distance.flatten() for _, _, distance in asked if distance is not None]:
-            self.median.copy_(quantile_of(torch.cat(distances), 0.5))
-            unit = quantile_of(torch.cat([other.flatten() for other, _, _ in asked]), self.quantile)
-            self.unit.copy_(unit.clamp(min=1e-6))
+        if not self.centre.numel():
+            return
+        others, distances = [], []
+        for x in batches:
+            other, _, distance = self._ask(model, x)
+            assert distance is not None  # it has learned of this model's activations
+            others.append(other.flatten())
+            distances.append(distance.flatten())
+        self.median.copy_(quantile_of(torch.cat(distances), 0.5))
+        self.unit.copy_(quantile_of(torch.cat(others), self.quantile).clamp(min=1e-6))
 
     @torch.no_grad()
     def learn(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -125,9 +130,7 @@ class DensityScore(ExplainedScore):
         with cached(lambda x: self._grid(model(x).activations, x), batches, self.cache_gb, some.device) as cache:
             count = len(cache.mean)
             dimensions = min(self.dimensions, count)
-            drawn = torch.randn(dimensions, count, generator=torch.Generator().manual_seed(self.seed))
-            deviation = cache.deviation.clamp(min=_LEAST * float(cache.deviation.mean()) + 1e-12)
-            projection = drawn / dimensions**0.5 / deviation
+            projection = random_projection(dimensions, count, torch.Generator().manual_seed(self.seed)) / cache.unit
             centre, whitening = gaussians_of_places(
                 cache, lambda features: (features - cache.mean) @ projection.T, dimensions, self.shrinkage
             )

@@ -214,8 +214,11 @@ class _Parts:
 
     def teach_score(self, model: nn.Module) -> None:
         """What comes after training, for a score that has a part which learns of training tiles."""
+        parts = learning_parts(self.score)
+        if not parts:
+            return
         normal = self._normal()
-        for part in learning_parts(self.score):
+        for part in parts:
             part.learn(model, _Again(lambda: self.shown(normal, self.device)))
 
     def _normal(self) -> ValidationTiles:
