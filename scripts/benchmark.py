@@ -37,9 +37,9 @@ import yaml
 from benchmark_cell import busy_seconds, cores_of_others, fingerprint
 from benchmark_report import latest, read_results, write_table
 from blemish import __version__
-from blemish.cli import config_folder
 from blemish.errors import BlemishError, ConfigError, nearest_names
 from blemish.files import explain_write_errors, write_json
+from blemish.settings import compose_settings
 
 RESULTS_FILE, TABLE_FILE = "results.jsonl", "benchmark.md"
 MEASURE = Path(__file__).with_name("benchmark_cell.py")
@@ -80,15 +80,11 @@ class Cell:
 @cache
 def _composed(overrides: tuple[str, ...]) -> str:
     """The fingerprint of the settings that they make; empty if they make none, which the training then says."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            settings: Any = OmegaConf.to_container(compose("train", ["data=mvtec", *overrides]))
-    except (HydraException, OmegaConfBaseException):
+        settings: Any = OmegaConf.to_container(compose_settings("train", ["data=mvtec", *overrides]))
+    except ConfigError:
         return ""
     return fingerprint(settings)
 

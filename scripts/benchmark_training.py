@@ -28,17 +28,15 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.flop_counter import FlopCounterMode
 
 from blemish.build import build
 from blemish.checkpoint import build_model
-from blemish.cli import config_folder
 from blemish.data.corruption import Corruption, NoCorruption
 from blemish.data.datamodule import TileDataModule
 from blemish.data.datasets import TrainingTiles, ValidationTiles
+from blemish.settings import settings_of
 from blemish.standardise import Light
 from blemish.tiling import Tiling
 from blemish.training.fit import pick_precision
@@ -129,9 +127,8 @@ def peak_gflop_per_second(low: bool, side: int = 2048, seconds: float = 1.0) -> 
 
 def main() -> None:
     epochs = max(3, int(sys.argv[1]) // STEPS) if len(sys.argv) > 1 else 6
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", ["data.root=.", "image.channels=1", f"tiling.size={SIDE}", "trainer.accelerator=cpu"])
-    settings: Any = OmegaConf.to_container(config, resolve=True)
+    fixed = ["data.root=.", "image.channels=1", f"tiling.size={SIDE}", "trainer.accelerator=cpu"]
+    settings = settings_of("train", fixed)
     tiling, training = Tiling(**settings["tiling"]), settings["training"]
     images = list(np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 1), dtype=np.uint8))
     tiles = torch.from_numpy(np.stack(images)[:, : tiling.size, : tiling.size]).permute(0, 3, 1, 2).float() / 255

@@ -25,8 +25,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from tqdm import tqdm
 
-from blemish.cli import _compose
-from blemish.commands import _plain
 from blemish.data.images import read_pixels
 from blemish.difference.build import build_comparison
 from blemish.difference.compare import Comparison, Difference
@@ -34,6 +32,7 @@ from blemish.difference.pairs import Pair, find_pairs
 from blemish.errors import BlemishError, ConfigError
 from blemish.files import write_text
 from blemish.pictures import Picture, as_rgb, hatched, heat_map
+from blemish.settings import settings_of
 
 SIDE = 400  # of a picture on the page, in pixels
 
@@ -82,7 +81,7 @@ def build_ways(ways: Sequence[Way], words: Sequence[str]) -> tuple[dict[Way, Com
     """
     built, missing = {}, {}
     for way in ways:
-        settings: dict[str, Any] = _plain(_compose("diff", ["reference=-", "query=-", *way.settings, *words], False))
+        settings = settings_of("diff", ["reference=-", "query=-", *way.settings, *words])
         try:
             built[way] = build_comparison(settings)
         except ConfigError as error:

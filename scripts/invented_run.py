@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +16,15 @@ def invent_run(folder: Path, overrides: Sequence[str] = (), side: int = 192) -> 
     Its tiles have that side, too, as the default's have wherever half of the images are large enough.
     """
     import torch
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     from blemish import __version__
     from blemish.calibration import Calibration, Promise
     from blemish.checkpoint import assemble, build_model, save_detector
-    from blemish.cli import config_folder
+    from blemish.settings import settings_of
 
     torch.manual_seed(0)
     settled = ["data.root=.", "image.channels=1", "trainer=cpu"]
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("train", [*settled, f"tiling.size={side}", *overrides])
-    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings = settings_of("train", [*settled, f"tiling.size={side}", *overrides])
     detector = assemble(settings, build_model(settings))
     images = random_images(19, side)
     scores = [float(score_map.max()) for score_map in detector.score_maps(images)]

@@ -29,8 +29,6 @@ from scipy import stats
 from tabulate import tabulate
 
 from blemish.alignment import Motion
-from blemish.cli import _compose
-from blemish.commands import _plain
 from blemish.data.images import FloatArray, list_images, read_image
 from blemish.difference.build import build_comparison
 from blemish.difference.compare import STEPS, Comparison, Difference
@@ -39,6 +37,7 @@ from blemish.errors import BlemishError, DataError
 from blemish.files import write_csv, write_text
 from blemish.noise import noise_level
 from blemish.preprocess import Preprocess
+from blemish.settings import settings_of
 from disturbances import Disturbance, draw, observe
 
 Boxes = npt.NDArray[np.float64]
@@ -90,9 +89,8 @@ class Board:
     kinds: Sequence[str]
 
 
-def settings_of(words: Sequence[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = _plain(_compose("diff", ["reference=template", "query=test", *words], False))
-    return settings
+def compared_by(words: Sequence[str]) -> Comparison:
+    return build_comparison(settings_of("diff", ["reference=template", "query=test", *words]))
 
 
 def read_boards(folder: Path, skip: int) -> list[Board]:
@@ -225,7 +223,7 @@ def measure_noise(seed: int) -> list[list[str]]:
     """A row for each confidence: flagged share, its bounds, and the share of single-pixel defects found."""
     lines = []
     for confidence in CONFIDENCES:
-        comparison = build_comparison(settings_of([*NOISE_SETTINGS, f"threshold.confidence={confidence}"]))
+        comparison = compared_by([*NOISE_SETTINGS, f"threshold.confidence={confidence}"])
         rng = np.random.default_rng(seed)
         flagged, within, hit, single = [], 0, 0, 0
         for _ in range(NOISE_PAIRS):
@@ -476,7 +474,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     try:
         ways = {
-            name: build_comparison(settings_of([*arguments.settings, *more]))
+            name: compared_by([*arguments.settings, *more])
             for name, more in zip(ALIGNMENTS, ([], ["alignment.motion=none"]), strict=True)
         }
         boards = read_boards(arguments.deeppcb, arguments.skip)

@@ -1,4 +1,4 @@
-"""`blemish VERB [KEY=VALUE ...]`: composes the settings, builds the objects, calls the verb. Alone imports Hydra."""
+"""`blemish VERB [KEY=VALUE ...]`: tidies the words, composes the settings, calls the verb, says what went wrong."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from blemish import __version__
 from blemish.commands import ACTIONS, BUG, DONE, INTERRUPTED, MISTAKE, UNREAD, dated, train
 from blemish.errors import BlemishError, ConfigError, nearest_names
+from blemish.settings import compose_settings, config_folder, defaults_of, varied
 from blemish.sweep import Choice, Ending, Interval, Report, read_settings, sweep
 
 _VERBS = {
@@ -43,8 +43,6 @@ _POSITIONAL = {
     "diff": ("reference", "query"),
 }
 _PATHS = ("data.root", "out", "run", "runs", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
-_MAY_BE_NULL = ("training.patience", "image.short_side", "image.size", "image.square")
-_MAY_BE_A_WORD = {"training.batch_size": "auto"}
 _HYDRA = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -124,13 +122,6 @@ def _usage() -> str:
     )
 
 
-def config_folder() -> Path:
-    """The Hydra tree: inside the installed package, or beside `src` in a checkout."""
-    package = Path(__file__).resolve().parent
-    shipped, checkout = package / "configs", package.parents[1] / "configs"
-    return shipped if shipped.is_dir() else checkout
-
-
 def _run(verb: str, words: list[str]) -> int:
     if verb not in _VERBS:
         raise ConfigError(f"There is no verb '{verb}': {nearest_names(verb, _VERBS)}")
@@ -146,7 +137,7 @@ def _run(verb: str, words: list[str]) -> int:
             overrides.append(_tidy(verb, word, many, places))
     if many and verb != "train":
         raise ConfigError(f"Only `blemish train` sweeps: call `blemish {verb}` once for each value.")
-    config = _compose(verb, overrides, many)
+    config = compose_settings(verb, overrides, many)
     if many and flags <= {"--multirun", "-m"} and not any(word.startswith("hydra") for word in overrides):
         return _sweep(config, overrides)
     if flags:
@@ -182,11 +173,11 @@ def _sweep(config: Any, words: list[str]) -> int:
         raise ConfigError("The setting data.root is missing: give it, as in `blemish train --multirun data.root=DIR`.")
     if settings.sampler != "grid" and not config.synthetic.images:
         raise ConfigError("sweep=optuna looks for synthetic defects: set synthetic.images above 0.")
-    defaults = _defaults("train", words)
+    defaults = defaults_of("train", words)
     fixed: list[str] = []
     space: list[Choice | Interval] = []
     for word in words:
-        part = _varied(word, defaults)
+        part = varied(word, defaults)
         key = word.partition("=")[0]
         if part is None:
             if not _is_for_sweeps(word) and key != "out":
@@ -206,40 +197,11 @@ def train_one(words: list[str], folder: Path, resume: bool, report: Report | Non
     """One run of a sweep: a mistake in it is said, and ends that run only."""
 
     def action() -> int:
-        config = _compose("train", words, False)
+        config = compose_settings("train", words, False)
         config["resume" if resume else "out"] = str(folder)
         return train(config, words, report)
 
     return _explained(action)
-
-
-def _varied(word: str, defaults: dict[str, Any]) -> Choice | Interval | None:
-    """What a word of a sweep leaves open; None if it names one value."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import IntervalSweep
-    from hydra.errors import HydraException
-
-    parsed = OverridesParser.create().parse_override(word)
-    if not parsed.is_sweep_override():
-        return None
-    key, value = parsed.get_key_element(), parsed.value()
-    if not isinstance(value, IntervalSweep):
-        try:
-            return Choice(key, tuple(parsed.sweep_string_iterator()))
-        except HydraException as error:
-            raise ConfigError(f"The setting '{word}' cannot be used: name its values one by one.") from error
-    assert value.start is not None and value.end is not None
-    low, high = value.start, value.end
-    default = defaults
-    for name in key.split("."):
-        default = default.get(name) if isinstance(default, dict) else None  # type: ignore[assignment]
-    log = "log" in value.tags
-    if not low < high or (log and low <= 0):
-        raise ConfigError(f"Expected '{word}' to go from a smaller to a larger number{', above 0' * log}.")
-    integer = isinstance(low, int) or (isinstance(default, int) and not isinstance(default, bool))
-    if integer and (low != int(low) or high != int(high)):
-        raise ConfigError(f"The setting {key} expects whole numbers, found '{word}'.")
-    return Interval(key, float(low), float(high), integer, log)
 
 
 def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], many: bool) -> int:
@@ -298,134 +260,3 @@ def _tidy(verb: str, word: str, many: bool, places: list[str]) -> str:
 
 def _exists(word: str) -> bool:
     return os.path.exists(word)  # noqa: PTH110 (a word may be no valid path; this says no to those, too)
-
-
-def _compose(verb: str, words: Sequence[str], many: bool) -> Any:
-    """The settings of a verb; in a sweep, those of its first run, all other choices having been tried."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    failures = (HydraException, OmegaConfBaseException)
-    first: list[str] = []  # the words of the first run
-    others: list[str] = []  # the further choices of a sweep
-    runs: list[Any] = []
-    defaults = _defaults(verb, words)
-    for word in words:
-        try:
-            parsed = OverridesParser.create().parse_override(word)
-        except failures as error:
-            raise ConfigError(_explain(verb, word, str(error), defaults)) from error
-        if not parsed.is_sweep_override():
-            first.append(word)
-            continue
-        if not many:
-            raise ConfigError(f"'{word}' names several values: add --multirun to sweep over them.")
-        part = _varied(word, defaults)
-        assert part is not None
-        ends = () if isinstance(part, Choice) else (part.low, part.high)
-        values = part.values if isinstance(part, Choice) else [str(int(x) if part.integer else x) for x in ends]
-        choices = [f"{part.key}={value}" for value in values]
-        first.append(choices[0])
-        others += choices[1:]
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        for extra in [[], *([other] for other in others)]:
-            changed = {other.partition("=")[0] for other in extra}
-            run = [*(word for word in first if word.partition("=")[0] not in changed), *extra]
-            try:
-                composed = compose(verb, run)
-            except failures as mistake:
-                # Composing takes a while; only now is it worth looking for the word at fault.
-                word, reason = _at_fault(verb, run, mistake)
-                raise ConfigError(_explain(verb, word, str(reason), defaults)) from reason
-            _check_types(defaults, OmegaConf.to_container(composed, resolve=False))
-            runs.append(composed)
-    return runs[0]
-
-
-def _at_fault(verb: str, words: Sequence[str], mistake: Exception) -> tuple[str, Exception]:
-    """The word that makes `words` fail to compose, which all do together with `mistake`; and what Hydra says of it."""
-    from hydra import compose
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    # Those that choose an option first: others may be settings of it.
-    words = sorted(words, key=lambda word: not _is_option(*word.partition("=")[::2]))
-    sound, failing = 0, len(words)  # so many of the first words
-    while failing - sound > 1:
-        middle = (sound + failing) // 2
-        try:
-            compose(verb, list(words[:middle]))
-            sound = middle
-        except (HydraException, OmegaConfBaseException) as error:
-            failing, mistake = middle, error
-    return words[failing - 1], mistake
-
-
-def _defaults(verb: str, words: Sequence[str]) -> dict[str, Any]:
-    """The settings of a verb before any override but those that choose a group's option, without Hydra's help."""
-    chosen = {key: value.partition(",")[0] for key, _, value in (word.partition("=") for word in words)}
-    return _with_options(verb, tuple(f"{key}={value}" for key, value in chosen.items() if _is_option(key, value)))
-
-
-@cache  # a sweep asks for every run; nobody changes the answer
-def _with_options(verb: str, options: tuple[str, ...]) -> dict[str, Any]:
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        try:
-            composed = compose(verb, list(options))
-        except HydraException:  # a group of another verb's: which word is at fault is found later
-            composed = compose(verb)
-    settings: Any = OmegaConf.to_container(composed, resolve=False)
-    return dict(settings)
-
-
-def _is_option(group: str, name: str) -> bool:
-    """Whether a group of settings has an option of this name."""
-    return bool(group) and name in (path.stem for path in (config_folder() / group).glob("*.yaml"))
-
-
-def _known_names(config: Any, prefix: str = "") -> set[str]:
-    names: set[str] = set()
-    for key, value in config.items():
-        names.add(f"{prefix}{key}")
-        if isinstance(value, dict):
-            names |= _known_names(value, f"{prefix}{key}.")
-    return names
-
-
-def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
-    """Refuse text where the default is a number or a yes or no, and fractions where it is a whole number."""
-    for key in default.keys() & composed.keys():
-        before, after = default[key], composed[key]
-        if isinstance(before, dict) and isinstance(after, dict):
-            if before.get("_target_") == after.get("_target_"):
-                _check_types(before, after, f"{prefix}{key}.")
-            continue
-        if isinstance(before, dict):
-            raise ConfigError(f"{prefix}{key} is a group of settings, found '{after}': set one of its keys.")
-        for kind, name in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
-            if isinstance(before, kind):
-                fits = isinstance(after, (int, float) if kind is float else kind)
-                may_be_null = prefix == "trainer." or f"{prefix}{key}" in _MAY_BE_NULL
-                word = _MAY_BE_A_WORD.get(f"{prefix}{key}")
-                if not fits and not (after is None and may_be_null) and not (word and after == word):
-                    expected = f"{name} or {word}" if word else name
-                    raise ConfigError(f"The setting {prefix}{key} expects {expected}, found '{after}'.")
-                break
-
-
-def _explain(verb: str, word: str, message: str, defaults: dict[str, Any]) -> str:
-    known = _known_names(defaults)
-    key, _, value = word.lstrip("+~").partition("=")
-    options = sorted(path.stem for path in (config_folder() / key).glob("*.yaml")) if key else []
-    if options and value not in options:
-        return f"There is no {key} '{value}': {nearest_names(value, options)} ({key} is one of {', '.join(options)})"
-    if key not in known:
-        return f"blemish {verb} has no setting '{key}': {nearest_names(key, known)}"
-    return f"The setting '{word}' cannot be used: {message.splitlines()[0].strip()}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from blemish.errors import ConfigError, DataError
 from blemish.files import DETECTOR_FILE
+from blemish.settings import plain
 from blemish.sweep import LOG_FILE, Report
 
 if TYPE_CHECKING:
@@ -41,16 +42,6 @@ def _inputs(config: Any, example: str) -> str | list[str]:
 
     value = _required(config, "input", example)
     return [str(item) for item in value] if OmegaConf.is_list(value) else str(value)
-
-
-def _plain(config: Any) -> Any:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"The settings cannot be resolved: {str(error).splitlines()[0]}") from error
 
 
 def dated(folder: str | Path) -> Path:
@@ -84,14 +75,14 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
         from blemish.training.run import fit_to_images, name_classes, start
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
-        records = _read(_plain(config.data)).sound()
+        records = _read(plain(config.data)).sound()
         name_classes(config, records)
         if not any(word.startswith("image.short_side=") for word in overrides) and (
             config.image.size is not None or config.image.max_side is not None
         ):
             config.image.short_side = None  # a default, which another way to size images replaces
         fit_to_images(config, [record.path for record in records if record.is_normal and record.split != "test"])
-        settings = {key: value for key, value in _plain(config).items() if key != "sweep"}
+        settings = {key: value for key, value in plain(config).items() if key != "sweep"}
         finished = start(run, settings, records, overrides, report)
     return _print_finished(run, finished)
 
@@ -138,7 +129,7 @@ def _ensemble(config: Any, overrides: list[str]) -> int:
         config.data, config.seed, config.split = (first[name] for name in ("data", "seed", "split"))
     from blemish.combine import combine
 
-    settings = _plain(config)
+    settings = plain(config)
     settings["runs"] = [str(run.absolute()) for run in runs]
     finished = combine(out, runs, settings, _read(settings["data"]).sound(), other_data, overrides)
     return _print_finished(out, finished)
@@ -205,7 +196,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     if card:
         rule = dict(card["mask_rule"])
         before = {**card["promise"], "mask_rule": rule.pop("name"), **rule}
-    wanted = {key: value for key, value in _plain(config.calibration).items() if value is not None}
+    wanted = {key: value for key, value in plain(config.calibration).items() if value is not None}
     promise, mask_rule = read_settings(before | wanted)
     for rule_name, setting in SETTINGS.items():
         if setting in wanted and mask_rule.name != rule_name:
@@ -231,7 +222,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
         else:
             about = content["about"]
             records = pipeline.normals_to_calibrate(
-                _read(_plain(config.data)).sound(), about["trained_on"], about["trained_groups"]
+                _read(plain(config.data)).sound(), about["trained_on"], about["trained_groups"]
             )
         calibration = pipeline.calibrate(detector, records, promise, mask_rule)
     replace_calibration(run, calibration)
@@ -255,7 +246,7 @@ def _evaluate(config: Any, overrides: list[str]) -> int:
     run = _run_of(config, "evaluate run=RUN data=mvtec data.root=DIR")
     detector = load_detector(run, config.device, config.trusted, engine=config.engine)
     own = OmegaConf.is_missing(config.data, "root")
-    records = _read(_run_settings(run)["data"] if own else _plain(config.data)).sound()
+    records = _read(_run_settings(run)["data"] if own else plain(config.data)).sound()
     own_folder = results_folder(run, config.engine)
     out = Path(config.out) if config.out is not None else own_folder
     if out.resolve() != own_folder.resolve():
@@ -332,7 +323,7 @@ def _export(config: Any, overrides: list[str]) -> int:
                 "them, or other defect-free ones, by data.root=DIR."
             ) from error
     else:
-        paths = [record.path for record in _read(_plain(config.data)).sound() if record.is_normal]
+        paths = [record.path for record in _read(plain(config.data)).sound() if record.is_normal]
         own = set(detector.card.made.get("calibrated_on", ()))
         paths = [path for path, digest in zip(paths, digest_files(paths), strict=True) if digest in own] or paths
     made = export(detector, settings, config.format, out, paths, config.images, config.any_size)
@@ -355,7 +346,7 @@ def _parts_of(run: Path, card: Calibration, config: Any) -> Images:
 
     given: list[SplitRecord] = []
     if not OmegaConf.is_missing(config.data, "root"):
-        records = [record for record in _read(_plain(config.data)).sound() if record.is_normal]
+        records = [record for record in _read(plain(config.data)).sound() if record.is_normal]
         digests = digest_files([record.path for record in records])
         given = [SplitRecord(*item) for item in zip(records, digests, find_units(records, digests), strict=True)]
     splits, wanted = run / SPLITS_FILE, set(card.made.get("calibrated_on", ()))
@@ -388,7 +379,7 @@ def _check(config: Any, overrides: list[str]) -> int:
     from blemish.data.check import check
 
     _required(config, "data.root", "check data.root=DIR")
-    settings = _plain(config)
+    settings = plain(config)
     promise = build_section(Promise, settings, "calibration")
     report = check(_read(settings["data"]), promise, settings["seed"], **settings["split"])
     print("\n".join(report.facts))
@@ -427,7 +418,7 @@ def _diff(config: Any, overrides: list[str]) -> int:
     reference, query = (
         Path(_required(config, name, example)).expanduser().absolute() for name in ("reference", "query")
     )
-    settings = _plain(config)
+    settings = plain(config)
     mask = Path(settings["mask"]).expanduser().absolute() if settings["mask"] is not None else None
     settings |= {"reference": str(reference), "query": str(query), "mask": mask and str(mask)}
     out = Path(settings["out"]) if settings["out"] is not None else dated("differences")

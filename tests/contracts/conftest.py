@@ -5,19 +5,15 @@ from copy import deepcopy
 from functools import cache
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from blemish.cli import config_folder
 from blemish.errors import ConfigError
+from blemish.settings import settings_of
 
 
 @cache
 def composed(verb, *overrides):
     needed = {"train": ["data.root=."], "diff": ["reference=.", "query=."]}
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose(verb, [*needed[verb], *overrides])
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return settings_of(verb, [*needed[verb], *overrides])
 
 
 @pytest.fixture(scope="session")

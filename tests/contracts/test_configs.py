@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Trainer
 
 from blemish.build import build
-from blemish.cli import config_folder
 from blemish.commands import ACTIONS
 from blemish.difference.build import build_comparison
+from blemish.settings import config_folder
 
 GROUPS = ("model", "backbone", "residual", "score", "corruption", "augment", "data", "trainer", "sweep", "strategy")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]

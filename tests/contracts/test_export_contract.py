@@ -8,7 +8,6 @@ import torch
 
 from blemish.build import TRUSTED, build
 from blemish.checkpoint import assemble, build_model
-from blemish.cli import config_folder
 from blemish.data.corruption import CutPaste
 from blemish.engines.description import Description
 from blemish.engines.load import FILES, PROGRAMS, load_exported
@@ -18,6 +17,7 @@ from blemish.export.graph import check_exportable, input_shape, tiles_at_once, t
 from blemish.export.parity import TOLERANCE
 from blemish.models.contracts import Contrasting, Fittable, Preparing, observed_by
 from blemish.scores.contracts import FittableScore, learning_parts
+from blemish.settings import config_folder
 
 MODELS, SCORES, RESIDUALS = (
     [path.stem for path in sorted((config_folder() / group).glob("*.yaml"))] for group in ("model", "score", "residual")

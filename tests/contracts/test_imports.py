@@ -43,7 +43,7 @@ def within(folder):
 def test_the_source_is_read():
     assert {"detector.py", "cli.py", "data/augment.py", "models/contracts.py", "training/task.py"} <= IMPORTS.keys()
     assert "blemish.calibration.Calibration" in IMPORTS["detector.py"]
-    assert "hydra" in IMPORTS["cli.py"]
+    assert "hydra" in IMPORTS["settings.py"]
 
 
 def test_data_does_not_import_models():
@@ -59,8 +59,8 @@ def test_detector_imports_none_of(package):
     assert "detector.py" not in importers_of(package)
 
 
-def test_only_cli_imports_hydra():
-    assert importers_of("hydra") == {"cli.py"}
+def test_only_settings_and_command_line_import_hydra():
+    assert importers_of("hydra") == {"cli.py", "settings.py"}
 
 
 def test_only_training_and_the_data_module_import_lightning():

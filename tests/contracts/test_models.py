@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from blemish.build import TRUSTED, build
-from blemish.cli import config_folder
 from blemish.data.corruption import CutPaste
 from blemish.errors import ConfigError
 from blemish.models.contracts import Adversarial, Contrasting, Gaussian, Latent, Output, Pair
+from blemish.settings import config_folder
 
 FILES = {
     file.stem: yaml.safe_load(file.read_text("utf-8")) for file in sorted((config_folder() / "model").glob("*.yaml"))

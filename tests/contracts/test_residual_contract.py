@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from blemish.build import TRUSTED, build
-from blemish.cli import config_folder
 from blemish.errors import ConfigError
 from blemish.residuals import Residual
+from blemish.settings import config_folder
 
 NAMES = sorted(path.stem for path in (config_folder() / "residual").glob("*.yaml"))
 every_residual = pytest.mark.parametrize("name", NAMES)

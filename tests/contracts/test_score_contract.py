@@ -8,11 +8,11 @@ import torch
 
 from blemish.build import TRUSTED, build
 from blemish.checkpoint import build_model
-from blemish.cli import config_folder
 from blemish.errors import ConfigError
 from blemish.models.contracts import Fittable
 from blemish.scores.contracts import FittableScore, learning_parts
 from blemish.scores.engine import TorchScorer
+from blemish.settings import config_folder
 
 NAMES = sorted(path.stem for path in (config_folder() / "score").glob("*.yaml"))
 SMALL = ("model.width=4", "model.depth=2")

@@ -13,6 +13,7 @@ import yaml
 from scipy import stats
 
 from blemish.errors import BlemishError, ConfigError
+from blemish.settings import config_folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SETTINGS = """
@@ -330,9 +331,9 @@ def test_a_fingerprint_of_settings_leaves_out_folders_and_seeds(scripts):
 def test_a_changed_default_is_another_cell(bench, tmp_path, monkeypatch):
     cell = bench.Cell("dice", "plain", 0, tmp_path, ("model=conv_ae", "model.width=4"), 5)
     key = cell.key
-    copy = shutil.copytree(bench.config_folder(), tmp_path / "configs")
+    copy = shutil.copytree(config_folder(), tmp_path / "configs")
     (copy / "train.yaml").write_text((copy / "train.yaml").read_text("utf-8").replace("steps: 1500", "steps: 1600"))
-    monkeypatch.setattr(bench, "config_folder", lambda: copy)
+    monkeypatch.setattr("blemish.settings.config_folder", lambda: copy)
     bench._composed.cache_clear()
     assert cell.key != key
     bench._composed.cache_clear()

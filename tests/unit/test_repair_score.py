@@ -8,7 +8,6 @@ import yaml
 from torch import nn
 
 from blemish.build import TRUSTED, build
-from blemish.cli import config_folder
 from blemish.errors import ConfigError
 from blemish.models.autoencoder import ConvAutoencoder
 from blemish.models.repair import RepairAutoencoder
@@ -21,6 +20,7 @@ from blemish.scores.repair import MaskScore
 from blemish.scores.residual import ResidualScore
 from blemish.scores.restoration import RecursiveScore
 from blemish.scores.variational import KlScore, MonteCarloScore, sampling, seeded
+from blemish.settings import config_folder
 
 
 def tiles(seed=0, count=3):
