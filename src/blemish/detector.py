@@ -17,10 +17,13 @@ from blemish.errors import CalibrationError, NotCalibrated
 from blemish.normalisation import MapRecorder, SpatialNormalisation
 from blemish.postprocess import Cleaning, Mask, Region, Smoothing
 from blemish.preprocess import Preprocess
+from blemish.streaming import grouped
 from blemish.tiling import TileScorer, Tiling, apply_tiled, blend_tiles
 
 PIXELS_AT_ONCE = 2**24
 """Of images at their own size, beyond a single one: scored at once, each with its map."""
+
+_Prepared = tuple[Pixels, tuple[int, int]]  # as it is scored, and its own height and width
 
 
 @dataclass(frozen=True)
@@ -177,25 +180,24 @@ class TileDetector(Detector):
 
     def score_batches(self, images: Iterable[Pixels], explain: bool = False) -> Iterator[list[ScoredImage]]:
         """As `Detector`. Neighbours of equal size share batches of up to `tiling.batch` tiles and PIXELS_AT_ONCE."""
-        waiting: list[tuple[Pixels, tuple[int, int]]] = []
-        at_own_size = 0
-        for image in images:
+
+        def prepared(image: Pixels) -> _Prepared:
             pixels = check_pixels(image)
-            scored, (height, width) = self.preprocess(pixels), pixels.shape[:2]
-            if waiting and (
-                scored.shape != waiting[0][0].shape
-                or scored.dtype != waiting[0][0].dtype
+            return self.preprocess(pixels), (pixels.shape[0], pixels.shape[1])
+
+        def full(waiting: Sequence[_Prepared], image: _Prepared) -> bool:
+            first, scored = waiting[0][0], image[0]
+            return (
+                scored.shape != first.shape
+                or scored.dtype != first.dtype
                 or len(waiting) * self.tiling.count(*scored.shape[:2]) >= self.tiling.batch
-                or at_own_size + height * width > PIXELS_AT_ONCE
-            ):
-                yield self._score(waiting, explain)
-                waiting, at_own_size = [], 0
-            waiting.append((scored, (height, width)))
-            at_own_size += height * width
-        if waiting:
+                or sum(height * width for _, (height, width) in (*waiting, image)) > PIXELS_AT_ONCE
+            )
+
+        for waiting in grouped(map(prepared, images), full):
             yield self._score(waiting, explain)
 
-    def _score(self, waiting: list[tuple[Pixels, tuple[int, int]]], explain: bool) -> list[ScoredImage]:
+    def _score(self, waiting: Sequence[_Prepared], explain: bool) -> list[ScoredImage]:
         images = waiting[0][0][None] if len(waiting) == 1 else np.stack([pixels for pixels, _ in waiting])
         labels: list[str | None] = []
 

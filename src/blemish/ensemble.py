@@ -18,6 +18,7 @@ from blemish.detector import PIXELS_AT_ONCE, Detector, ScoredImage
 from blemish.errors import ConfigError, DataError, nearest_names
 from blemish.postprocess import Cleaning
 from blemish.scoring import score_files
+from blemish.streaming import grouped
 
 JOINS: dict[str, np.ufunc] = {"mean": np.add, "max": np.maximum}
 UNIT_QUANTILE = 0.999
@@ -72,17 +73,13 @@ class Ensemble(Detector):
 
     def score_batches(self, images: Iterable[Pixels], explain: bool = False) -> Iterator[list[ScoredImage]]:
         """As `Detector`; `images` is gone through once, and some are held at a time."""
-        waiting: list[Pixels] = []
-        pixels = 0
-        for image in map(check_pixels, images):
-            area = image.shape[0] * image.shape[1]
-            if waiting and (len(waiting) == _IMAGES_AT_ONCE or pixels + area > PIXELS_AT_ONCE):
-                yield self._score(waiting, explain)
-                waiting, pixels = [], 0
-            waiting.append(image)
-            pixels += area
-        if waiting:
-            yield self._score(waiting, explain)
+
+        def full(some: Sequence[Pixels], image: Pixels) -> bool:
+            pixels = sum(one.shape[0] * one.shape[1] for one in (*some, image))
+            return len(some) == _IMAGES_AT_ONCE or pixels > PIXELS_AT_ONCE
+
+        for some in grouped(map(check_pixels, images), full):
+            yield self._score(some, explain)
 
     def _score(self, images: Sequence[Pixels], explain: bool) -> list[ScoredImage]:
         joined: list[FloatArray] = []

@@ -1,10 +1,10 @@
-"""Doing something to a stream of items ahead of the consumer, in order and with bounded memory."""
+"""Doing something to a stream of items, ahead of the consumer or many at once, in order and with bounded memory."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -56,3 +56,15 @@ def map_ahead(
                 future.cancel()
     if failure is not None:
         raise failure
+
+
+def grouped(items: Iterable[Item], full: Callable[[Sequence[Item], Item], bool]) -> Iterator[list[Item]]:
+    """Neighbours in lists; `full` tells of the list so far, never empty, whether the next item must begin another."""
+    waiting: list[Item] = []
+    for item in items:
+        if waiting and full(waiting, item):
+            yield waiting
+            waiting = []
+        waiting.append(item)
+    if waiting:
+        yield waiting

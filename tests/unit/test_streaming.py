@@ -1,11 +1,11 @@
-"""Working ahead of the consumer: in order, bounded, and with errors at their turn."""
+"""Working ahead of the consumer, and many at once: in order, bounded, and with errors at their turn."""
 
 from concurrent.futures import Future
 from threading import Event
 
 import pytest
 
-from blemish.streaming import map_ahead
+from blemish.streaming import grouped, map_ahead
 
 
 def counted(items, pulled):
@@ -123,3 +123,16 @@ def test_what_has_not_started_is_dropped(fails, open_gate_after_cancelling):
         assert next(results) == 0
         results.close()
     assert started in ([0], [0, 1])
+
+
+def test_neighbours_are_grouped_until_full():
+    groups = grouped([3, 3, 3, 9, 1, 1, 5], lambda some, item: sum(some) + item > 6)
+    assert list(groups) == [[3, 3], [3], [9], [1, 1], [5]]
+    assert list(grouped([], lambda some, item: True)) == []
+
+
+def test_a_group_is_given_away_before_the_next_one_is_gathered():
+    pulled = []
+    groups = grouped(counted(range(6), pulled), lambda some, item: len(some) == 2)
+    assert next(groups) == [0, 1]
+    assert pulled == [0, 1, 2]
