@@ -12,15 +12,24 @@ import yaml
 from blemish import pipeline
 from blemish.build import build_section
 from blemish.calibration import read_settings
-from blemish.checkpoint import about_run, read_checkpoint, restore, save_ensemble, trained_on
+from blemish.checkpoint import (
+    about_run,
+    all_trained_on,
+    check_unseen,
+    read_checkpoint,
+    restore,
+    save_ensemble,
+    trained_on,
+)
 from blemish.data.records import Record
-from blemish.data.splits import SPLITS_FILE, SplitRecord, Splits, part_digests, read_splits, split_records, write_splits
+from blemish.data.splits import SPLITS_FILE, Splits, part_digests, read_splits, split_records, write_splits
 from blemish.ensemble import Ensemble, check_join, check_members, learn_units
-from blemish.errors import CalibrationError
 from blemish.evaluation.synthetic import check_images
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
 from blemish.pipeline import Finished
 from blemish.postprocess import Cleaning
+
+_APART = "train the runs with the same data, seed and split, or give other normal images by data.root=DIR"
 
 
 def combine(
@@ -64,7 +73,7 @@ def combine(
     pipeline.check_enough(calibrating, promise, mask_rule)
     pipeline.check_classes_told(promise, (), len(calibrating))
     for run, content in zip(runs, contents, strict=True):
-        _check_unseen(calibrating, run, content["about"])
+        check_unseen(calibrating, content["about"], run, _APART)
     units = learn_units(members, [item.record.path for item in held_out])
     about = about_run(seed, splits, overrides) | {
         "members": [
@@ -82,7 +91,7 @@ def combine(
         out,
         ensemble,
         contents,
-        about | {name: sorted({one for some in seen for one in some[name]}) for name in seen[0]},
+        about | all_trained_on(seen),
     )
     write_json(out / RUN_FILE, about)
     return pipeline.measure(out, ensemble, splits, settings["synthetic"]["images"], settings["report"]["images"])
@@ -106,15 +115,3 @@ def _without_fitted(
         and not (item.record.split == "train" and other_data)
     ]
     return replace(splits, records=kept)
-
-
-def _check_unseen(calibrating: Sequence[SplitRecord], run: Path, about: Mapping[str, Any]) -> None:
-    """Raise CalibrationError if calibration images, or others of their group, trained or selected a run."""
-    files, groups = set(about["trained_on"]), set(about["trained_groups"])
-    seen = [item.record.path for item in calibrating if item.digest in files or item.record.group in groups]
-    if seen:
-        raise CalibrationError(
-            f"Expected calibration images that no run has seen, found that {len(seen)} of {len(calibrating)}, or "
-            f"others of their group, took part in the training of {run} (first: {seen[0]}): train the runs with the "
-            "same data, seed and split, or give other normal images by data.root=DIR."
-        )

@@ -75,6 +75,7 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
         from blemish.training.run import fit_to_images, name_classes, start
 
         config.data.root = str(Path(config.data.root).expanduser().absolute())
+        _settle_backbone(config)
         records = _read(plain(config.data)).sound()
         name_classes(config, records)
         if not any(word.startswith("image.short_side=") for word in overrides) and (
@@ -85,6 +86,16 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
         settings = {key: value for key, value in plain(config).items() if key != "sweep"}
         finished = start(run, settings, records, overrides, report)
     return _print_finished(run, finished)
+
+
+def _settle_backbone(config: Any) -> None:
+    """Make its paths absolute: the run is used from other folders, too."""
+    from omegaconf import OmegaConf
+
+    for name in ("run", "weights"):
+        value = OmegaConf.select(config, f"backbone.{name}")
+        if isinstance(value, str) and (path := Path(value).expanduser()).exists():
+            config.backbone[name] = str(path.absolute())
 
 
 def _check_new(run: Path, otherwise: str = "") -> None:

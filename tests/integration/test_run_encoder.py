@@ -98,11 +98,26 @@ def test_mistakes_are_one_sentence(run_copy, tmp_path):
         RunEncoder(str(changed(run_copy, without_encoder)))
 
 
+IN_THE_BOTTLENECK = ("model=kde", "model.samples=500", "backbone=run", "score=evidence", "tiling.standardise=false")
+IN_THE_BOTTLENECK += ("tiling.size=32", "calibration.alpha=0.1", "trainer=cpu", "data=mvtec")
+
+
+def test_images_that_trained_the_encoder_may_not_calibrate(run_cli, tiny_run, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_run.parent)
+    arguments = [*IN_THE_BOTTLENECK, f"backbone.run={tiny_run.name}", "seed=7"]
+    result = run_cli(["train", *arguments, f"data.root={tiny_data}", f"out={tmp_path / 'run'}"])
+    assert result.code == 2
+    assert "Expected calibration images that no run has seen" in result.sentences[0]
+    assert str(tiny_run) in result.sentences[0]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_train_a_density_in_the_bottleneck_of_a_run(run_cli, tiny_run, tiny_data, tmp_path):
-    arguments = ["model=kde", "model.samples=500", "backbone=run", f"backbone.run={tiny_run}", "score=evidence"]
-    arguments += ["tiling.standardise=false", "tiling.size=32", "calibration.alpha=0.1", "trainer=cpu"]
-    result = run_cli(["train", *arguments, "data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}"])
+    arguments = [*IN_THE_BOTTLENECK, f"backbone.run={tiny_run}"]
+    result = run_cli(["train", *arguments, f"data.root={tiny_data}", f"out={tmp_path / 'run'}"])
     assert result.code == 0, result.err
+    known = load_detector(tiny_run, device="cpu").about["trained_on"]
+    assert set(known) <= set(load_detector(tmp_path / "run", device="cpu").about["trained_on"])
     assert json.loads((tmp_path / "run/metrics.json").read_text("utf-8"))["overall"]["pixel_auroc"] > 0.6
     assert load_detector(tmp_path / "run", device="cpu")(sorted(tiny_data.glob("test/*/*.png"))[0]).score_map.max() > 0

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class PartOfAnotherRun(Protocol):
+    """A module that another run trained: its images can no more calibrate than the model's own.
+
+    run: that run, for messages. seen: as `blemish.checkpoint.trained_on` gives it.
+    """
+
+    run: str
+    seen: Mapping[str, Sequence[str]]
 
 
 class Gaussian(NamedTuple):
@@ -202,6 +213,11 @@ class Adversarial(Protocol):
 def observed_by(model: nn.Module, x: Tensor) -> Tensor:
     """What a model is trained to expect of defect-free tiles: pixels, unless it is `Observing`."""
     return model.observe(x) if isinstance(model, Observing) else x
+
+
+def parts_of_other_runs(model: nn.Module) -> list[PartOfAnotherRun]:
+    """What in a model was trained by other runs."""
+    return [part for part in model.modules() if isinstance(part, PartOfAnotherRun)]
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:

@@ -53,26 +53,27 @@ class FeatureRepair(TrainedInFeatureSpace):
             dilated_blocks(width, dilations, *style),
             nn.Conv2d(width, self.dimensions, 1),
         )
-        self.mask: nn.Sequential | None = None
+        self.compare: nn.Sequential | None = None
         if mask_head:
+            self.compare = nn.Sequential(
+                conv_block(3 * self.dimensions, width, 1, *style), conv_block(width, width, 1, *style)
+            )
             last = nn.Conv2d(width, 4, 3, padding=1)
             assert last.bias is not None
             nn.init.constant_(last.bias, -3.0)  # few pixels are corrupted
-            self.mask = nn.Sequential(
-                conv_block(3 * self.dimensions, width, 1, *style),
-                conv_block(width, width, 1, *style),
-                last,
-                nn.PixelShuffle(2),
-            )
+            self.mask = nn.Sequential(last, nn.PixelShuffle(2))
 
     def forward(self, x: Tensor) -> Output:
-        """(B, 1 or 3, H, W) in [0, 1] -> observed and expected (B, D, h, w), and the repaired logits (B, 1, H, W)."""
+        """(B, 1 or 3, H, W) in [0, 1] -> observed and expected (B, D, h, w), and the repaired logits (B, 1, H, W).
+
+        Shown as activations: what was observed, and what the mask is made of, if there is one.
+        """
         observed = self.observe(x)
         expected: Tensor = self.repair(observed)
-        if self.mask is None:
-            return Output(observed, expected)
+        if self.compare is None:
+            return Output(observed, expected, activations=(observed,))
         # The mask must not make what is expected worse: no gradient from one to the other.
         difference = (observed - expected).detach()
-        logits = self.mask(torch.cat([observed, difference, difference.abs()], 1))
-        repaired = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
-        return Output(observed, expected, repaired=repaired)
+        compared = self.compare(torch.cat([observed, difference, difference.abs()], 1))
+        repaired = F.interpolate(self.mask(compared), x.shape[-2:], mode="bilinear", align_corners=False)
+        return Output(observed, expected, repaired=repaired, activations=(observed, compared))

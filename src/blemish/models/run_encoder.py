@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from blemish.checkpoint import load_detector
 from blemish.detector import TileDetector
-from blemish.errors import ConfigError
+from blemish.errors import CheckpointError, ConfigError
 from blemish.frozen import FrozenNetwork
 from blemish.models.contracts import Encoding
 from blemish.scores.engine import TorchScorer
@@ -20,7 +20,8 @@ class RunEncoder(FrozenNetwork):
     """What the bottleneck of another run's autoencoder says, frozen; a checkpoint carries the fingerprint alone.
 
     Tiles are standardised if that run standardised them. A flat code makes a grid of one place. Encoders pad with
-    zeros, as they did while they were trained: what they say at a tile's border is not what they say inside.
+    zeros, as they did while they were trained: what they say at a tile's border is not what they say inside. The images
+    that trained that run (`seen`) count among those that train the model which asks.
 
     Args:
         run: folder that `blemish train` made, of a model that is `Encoding`, such as conv_ae, vae or repair_ae.
@@ -36,7 +37,10 @@ class RunEncoder(FrozenNetwork):
                 "backbone.run is not set: name the folder of a trained run, such as one of model=conv_ae, or choose "
                 "another backbone."
             )
-        detector = load_detector(run, "cpu", with_card=False)
+        try:
+            detector = load_detector(run, "cpu", with_card=False)
+        except CheckpointError as error:
+            raise CheckpointError(f"backbone.run={run} cannot be used: {error}") from error
         scorer = detector.scorer if isinstance(detector, TileDetector) else None
         model = scorer.model if isinstance(scorer, TorchScorer) else detector
         if not (isinstance(detector, TileDetector) and isinstance(model, nn.Module) and isinstance(model, Encoding)):
@@ -45,6 +49,7 @@ class RunEncoder(FrozenNetwork):
                 f"{type(model).__name__} in {run}: train one, and name its folder."
             )
         super().__init__(f"the run '{run}'", model)
+        self.run, self.seen = run, {name: detector.about[name] for name in ("trained_on", "trained_groups")}
         self.channels, self.standardise = detector.preprocess.channels, detector.tiling.standardise
         size = detector.tiling.size
         with torch.no_grad():

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from blemish import pipeline
 from blemish.build import build, build_section, locate
 from blemish.calibration import read_settings
-from blemish.checkpoint import PARTS, about_run, assemble, build_model, save_detector, trained_on
+from blemish.checkpoint import (
+    PARTS,
+    about_run,
+    all_trained_on,
+    assemble,
+    build_model,
+    check_unseen,
+    save_detector,
+    trained_on,
+)
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
 from blemish.data.images import probe
@@ -27,7 +36,7 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
-from blemish.models.contracts import Contrasting, Fittable, Preparing, classes_of
+from blemish.models.contracts import Contrasting, Fittable, Preparing, classes_of, parts_of_other_runs
 from blemish.normalisation import NormalisationSettings
 from blemish.pipeline import Finished
 from blemish.preprocess import Preprocess
@@ -51,6 +60,7 @@ from blemish.training.objectives import ReconstructionObjective
 
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
 _COSTS = ("training_seconds", "training_core_seconds")
+_APART = "give both runs the same data, seed, split and calibration, so that both set the same images aside"
 _MOST_TO_LEARN = 1000  # tiles, for models that learn by themselves
 
 
@@ -162,7 +172,10 @@ class _Parts:
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
         promise, _ = read_settings(settings["calibration"])
-        pipeline.check_classes_told(promise, classes_of(model), len(splits.of("calibration")))
+        calibrating = splits.of("calibration")
+        pipeline.check_classes_told(promise, classes_of(model), len(calibrating))
+        for part in parts_of_other_runs(model):
+            check_unseen(calibrating, part.seen, part.run, _APART)
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit, disk = training.cache_gb * 2**30, training.disk_gb * 2**30
 
@@ -334,7 +347,8 @@ def _go_on(
             raise
         finally:
             write_json(run / RUN_FILE, about)
-    trained = trained_on([item for name in SPLITS[:2] for item in splits.of(name)])
+    own = trained_on([item for name in SPLITS[:2] for item in splits.of(name)])
+    trained = all_trained_on([own, *(part.seen for part in parts_of_other_runs(model))])
     device = parts.device
     model = model.eval().to(device)
     with _costs_added(about):
