@@ -49,10 +49,17 @@ def latest(results: Sequence[Result]) -> list[Result]:
     newest: dict[tuple[str, str], Result] = {}
     for result in results:
         newest[result["data"], result["row"]] = result
+    # A failed line lacks the settings' fingerprint: those of the last that was done are meant.
+    meant = dict(newest)
+    for result in results:
+        place = (result["data"], result["row"])
+        if result["status"] == "done" and _asked(result) == _asked(newest[place]):
+            meant[place] = result
     kept: dict[tuple[str, str, int], Result] = {}
     for result in results:
         place = (result["data"], result["row"])
-        if _asked(result) == _asked(newest[place]):
+        exactly = result["status"] == "failed" or _settings(result) == _settings(meant[place])
+        if _asked(result) == _asked(meant[place]) and exactly:
             cell = (*place, result["seed"])
             if result["status"] == "done" or cell not in kept or kept[cell]["status"] == "failed":
                 kept[cell] = result
@@ -61,7 +68,11 @@ def latest(results: Sequence[Result]) -> list[Result]:
 
 
 def _asked(result: Result) -> tuple[Any, ...]:
-    return result.get("software"), tuple(result.get("overrides", ())), result.get("config_fingerprint")
+    return result.get("software"), tuple(result.get("overrides", ()))
+
+
+def _settings(result: Result) -> Any:
+    return result.get("config_fingerprint")
 
 
 def write_table(file: Path, results: Sequence[Result]) -> None:

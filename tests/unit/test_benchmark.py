@@ -346,6 +346,13 @@ def test_a_later_failure_hides_nothing(report):
     assert [result["status"] for result in report.latest([failed])] == ["failed"]
 
 
+def test_a_failed_seed_hides_no_other(report):
+    done, other = line(config_fingerprint="new"), line(config_fingerprint="old", seed=2)
+    failed = {key: value for key, value in line(status="failed", seed=1).items() if key != "config_fingerprint"}
+    for results in ([other, done, failed], [other, failed, done]):
+        assert [(result["seed"], result["status"]) for result in report.latest(results)] == [(0, "done"), (1, "failed")]
+
+
 def test_marks_of_the_table(report):
     slow = {"seconds": 301.0, "steps": 100, "tiles_per_second": 16.0, "interrupted": True}
     page = report.markdown([line(chance=0.004), line("slow", training=slow), line("kept", minutes=None)])
