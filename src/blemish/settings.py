@@ -10,7 +10,7 @@ from typing import Any
 from blemish.errors import ConfigError, nearest_names
 from blemish.sweep import Choice, Interval
 
-_MAY_BE_NULL = ("training.patience", "image.short_side", "image.size", "image.square")
+_MAY_BE_NULL = ("training.patience", "image.short_side", "image.size", "image.square", "model.dimensions")
 _MAY_BE_A_WORD = {"training.batch_size": "auto"}
 
 

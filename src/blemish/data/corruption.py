@@ -31,6 +31,8 @@ class Corrupted(NamedTuple):
 
 
 class Corruption(Protocol):
+    """tells_where: its masks are neither all 0 nor all 1; taken as true where it is not said."""
+
     def __call__(self, x: Tensor) -> Corrupted:
         """Clean tiles (B, C, H, W) in [0, 1], which stay as they are, to what a training step sees."""
 
@@ -38,12 +40,16 @@ class Corruption(Protocol):
 class NoCorruption:
     """The plain autoencoder: the input is the target."""
 
+    tells_where = False
+
     def __call__(self, x: Tensor) -> Corrupted:
         return Corrupted(x, x, torch.zeros_like(x[:, :1]))
 
 
 class GaussianNoise:
     """White noise of standard deviation `std` (Vincent et al., denoising autoencoders, ICML 2008)."""
+
+    tells_where = False
 
     def __init__(self, std: float = 0.1) -> None:
         if std < 0:
@@ -66,6 +72,8 @@ class CoarseNoise:
         ConfigError: `std` is negative or `cell` below 1.
     """
 
+    tells_where = False
+
     def __init__(self, std: float = 0.2, cell: int = 8) -> None:
         if std < 0 or cell < 1:
             raise ConfigError(f"Expected corruption.std >= 0 and corruption.cell >= 1, found {std} and {cell}.")
@@ -85,9 +93,9 @@ class CoarseNoise:
 class GridMask:
     """Inpainting: squares of a random grid lose their pixels to the tile's mean.
 
-    Source: Zavrtanik et al., Reconstruction by inpainting (RIAD), Pattern Recognition 2021: one of `parts` disjoint
-    sets of cells, of a size drawn from `cells`, is hidden, and the model fills it from what surrounds it.
-    `blemish.scores.restoration.InpaintingScore` hides them all in turn.
+    Source: Zavrtanik et al., Reconstruction by inpainting (RIAD), Pattern Recognition 2021: cells, of a size drawn from
+    `cells`, are hidden, each with a chance of 1 / `parts`, and the model fills them from what surrounds them.
+    `blemish.scores.restoration.InpaintingScore` hides them all, in as many disjoint sets.
 
     Raises:
         ConfigError: no cell size, one below 1, or fewer than two parts.
@@ -152,7 +160,8 @@ class CutPaste:
         contrast, brightness = 1 + self.jitter * (2 * torch.rand(2, batch, channels, 1, 1, device=x.device) - 1)
         mean = x.mean(dim=(2, 3), keepdim=True)
         piece = ((piece - mean) * contrast + mean * brightness).clamp(0, 1)
-        return Corrupted(torch.where(pasted, piece, x), x, pasted.to(x.dtype))
+        corrupted = torch.where(pasted, piece, x)
+        return Corrupted(corrupted, x, _visible(x, corrupted, pasted))
 
     def _pieces(self, batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Height and width in pixels and angle of a piece for each tile, (B, 1, 1, 1) each."""
@@ -171,6 +180,18 @@ def _inside(side: int, extent: Tensor) -> Tensor:
     """Centres for intervals of these extents, (B, 1, 1, 1), anywhere within 0 ... side - 1; the middle if too long."""
     room = (side - extent).clamp(min=0)
     return (side - 1) / 2 + room * (torch.rand_like(extent) - 0.5)
+
+
+def _visible(clean: Tensor, corrupted: Tensor, covered: Tensor) -> Tensor:
+    """1 where the corruption can be told from the tile: 4 x 4 pixels changed by a fifth of the tile's contrast.
+
+    A shape counts as visible up to 4 pixels around such a place, so that its mask has an edge and no holes.
+    """
+    change = F.avg_pool2d((corrupted - clean).abs().mean(1, keepdim=True), 4, 4, ceil_mode=True)
+    contrast = mean_and_std(clean)[1].mean(dim=1, keepdim=True).clamp(0.05, 0.25)
+    visible = (change > 0.2 * contrast).to(clean.dtype)
+    near = F.interpolate(F.max_pool2d(visible, 3, 1, 1), scale_factor=4)
+    return near[..., : clean.shape[2], : clean.shape[3]] * covered
 
 
 class Structured:
@@ -236,7 +257,7 @@ class Structured:
             corrupted.index_copy_(0, here, torch.lerp(corrupted.index_select(0, here), filling[first:end], new))
             covered.index_copy_(0, here, torch.maximum(covered.index_select(0, here), new))
         corrupted.clamp_(0, 1)
-        mask = self._visible(x, corrupted, covered > 0.1)
+        mask = _visible(x, corrupted, covered > 0.1)
         if self.anchor:
             noise = self.anchor * torch.randn_like(x)
             return Corrupted(corrupted + noise, x + noise, mask)
@@ -261,18 +282,6 @@ class Structured:
         for fill, where in _deal(self.fills, len(tiles), x.device):
             filling.index_copy_(0, where, fill(own.index_select(0, where), others.index_select(0, where)))
         return filling
-
-    @staticmethod
-    def _visible(clean: Tensor, corrupted: Tensor, covered: Tensor) -> Tensor:
-        """1 where the corruption can be told from the tile: 4 x 4 pixels changed by a fifth of the tile's contrast.
-
-        A shape counts as visible up to 4 pixels around such a place, so that its mask has an edge and no holes.
-        """
-        change = F.avg_pool2d((corrupted - clean).abs().mean(1, keepdim=True), 4, 4, ceil_mode=True)
-        contrast = mean_and_std(clean)[1].mean(dim=1, keepdim=True).clamp(0.05, 0.25)
-        visible = (change > 0.2 * contrast).to(clean.dtype)
-        near = F.interpolate(F.max_pool2d(visible, 3, 1, 1), scale_factor=4)
-        return near[..., : clean.shape[2], : clean.shape[3]] * covered
 
 
 def _deal(choices: Sequence[Any], count: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:

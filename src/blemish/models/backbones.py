@@ -57,11 +57,24 @@ class Backbone(FrozenNetwork, ABC):
         self.average, self.margin = average, margin
         for part, values in zip(("shift", "scale"), light, strict=True):
             self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
-        with torch.no_grad():
-            grids = self.layers(torch.zeros(1, 3, _PROBE, _PROBE))
-        if any(grid.ndim != 4 for grid in grids):
+        try:
+            with torch.no_grad():
+                grids = self.layers(torch.zeros(1, 3, _PROBE, _PROBE))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"Expected a network for images of any size, but {self.name} cannot look at {_PROBE} x {_PROBE} pixels "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): choose another "
+                "backbone.network."
+            ) from error
+        # Transformers keep features last; the tile is square, so that its grid tells.
+        self.features_last = [grid.ndim == 4 and grid.shape[1] == grid.shape[2] != grid.shape[3] for grid in grids]
+        grids = self._features_first(grids)
+        if any(grid.ndim != 4 or grid.shape[2] != grid.shape[3] for grid in grids):
             shapes = ", ".join(str(tuple(grid.shape)) for grid in grids)
-            raise ConfigError(f"Expected backbone.layers that give grids (B, K, h, w), found {shapes}.")
+            raise ConfigError(
+                f"Expected backbone.layers that give grids (B, K, h, w), or (B, h, w, K), found {shapes} for a tile of "
+                f"{_PROBE} x {_PROBE} pixels."
+            )
         self.features = sum(grid.shape[1] for grid in grids)
         strides = [_PROBE // side for grid in grids for side in grid.shape[2:] if _PROBE % side == 0]
         regular = len(strides) == 2 * len(grids)
@@ -73,7 +86,7 @@ class Backbone(FrozenNetwork, ABC):
 
     @abstractmethod
     def layers(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), normalised -> (B, K, h, w) of each layer that was asked for."""
+        """(B, 3, H, W), normalised -> (B, K, h, w), or (B, h, w, K), of each layer that was asked for."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1 or 3, H, W), values around [0, 1] -> (B, D, h, w), D = `features`."""
@@ -92,9 +105,12 @@ class Backbone(FrozenNetwork, ABC):
             x = F.pad(x, (self.margin,) * 4, mode="reflect")
         # One memory format, so that equal images have equal features, bit for bit.
         x = x.contiguous(memory_format=torch.channels_last)
-        grids = [self._inside(grid, x.shape[-1]) for grid in self.layers(x)]
+        grids = [self._inside(grid, x.shape[-1]) for grid in self._features_first(self.layers(x))]
         size = max((tuple(grid.shape[-2:]) for grid in grids), key=lambda sides: sides[0])
         return torch.cat([_resized(self._averaged(grid), size) for grid in grids], dim=1)
+
+    def _features_first(self, grids: Sequence[Tensor]) -> list[Tensor]:
+        return [grid.movedim(-1, 1) if last else grid for grid, last in zip(grids, self.features_last, strict=True)]
 
     def _inside(self, grid: Tensor, width: int) -> Tensor:
         """A layer of tiles of so many pixels, without their margin."""
@@ -194,7 +210,8 @@ class TimmBackbone(Backbone):
     """Any network of timm's that has `features_only`; needs `pip install timm`.
 
     Args:
-        network: as in `timm.create_model`. layers: numbers of its levels, from fine to coarse.
+        network: as in `timm.create_model`. layers: numbers of its levels, from fine to coarse, or their names, as
+            timm's `feature_info` tells them, such as layer2.
         weights: timm, those of the hub, which are downloaded where they are not cached; a state dict in timm's names;
             or none, random ones; must be chosen.
         average, margin: as in `Backbone`. seed: of random weights.
@@ -206,12 +223,14 @@ class TimmBackbone(Backbone):
     def __init__(
         self,
         network: str,
-        layers: Sequence[int],
+        layers: Layers,
         weights: str | None,
         average: int = 3,
         margin: int = 32,
         seed: int = 0,
     ) -> None:
+        if not layers:
+            raise ConfigError("Expected one or more numbers or names in backbone.layers, found none.")
         try:
             import timm
         except ImportError as error:
@@ -219,19 +238,21 @@ class TimmBackbone(Backbone):
                 "backbone=timm needs the package timm: pip install timm, or choose another backbone."
             ) from error
 
-        def create() -> nn.Module:
-            made: nn.Module = timm.create_model(
-                network, pretrained=weights == TIMM, features_only=True, out_indices=tuple(layers)
-            )
-            return made
+        def create(pretrained: bool, levels: Sequence[int] | None) -> Any:
+            only = {} if levels is None else {"out_indices": tuple(levels)}
+            return timm.create_model(network, pretrained=pretrained, features_only=True, **only)
 
         try:
-            made = _random(create, seed)
-        except (RuntimeError, AssertionError, ValueError, IndexError, OSError) as error:
+            numbers = [layer for layer in layers if isinstance(layer, int)]
+            if len(numbers) < len(layers):
+                known = create(False, None).feature_info.module_name()
+                numbers = [_level(layer, known) for layer in layers]
+            made = _random(lambda: create(weights == TIMM, numbers), seed)
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, OSError) as error:
             raise ConfigError(f"timm cannot make the backbone '{network}': {str(error).splitlines()[0]}") from error
         if weights not in (NONE, TIMM):
             path = _path(weights)
-            _fill(made, read_state_dict(path), path, partly=True)
+            _fill(made, _under_timms_names(read_state_dict(path)), path, partly=True)
         told = getattr(made, "pretrained_cfg", None) or {}
         light = tuple(told.get(key, usual) for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
         super().__init__(network, made, average, margin, light)
@@ -280,6 +301,24 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path, partly: b
     if not partly and (more := state.keys() - own.keys()):
         raise ConfigError(f"Found '{min(more)}' in {path}, which the network has not: it is of another network.")
     network.load_state_dict({name: state.get(name, own[name]) for name in own})
+
+
+def _under_timms_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole network's state dict, also under the names by which timm's networks of features know the same tensors.
+
+    These flatten a chain (stages.0.weight becomes stages_0.weight), or hold the whole network as `model`.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        renamed |= dict.fromkeys((key, f"model.{key}", key.replace(".", "_", 1)), tensor)
+    return renamed
+
+
+def _level(layer: int | str, known: Sequence[str]) -> int:
+    """The number of a level of timm's that is given by name or number."""
+    if isinstance(layer, str) and layer not in known:
+        raise ConfigError(f"Unknown layer '{layer}' in backbone.layers: {nearest_names(layer, known)}")
+    return known.index(layer) if isinstance(layer, str) else layer
 
 
 def _layer(layer: int | str, known: Sequence[str]) -> str:

@@ -142,6 +142,14 @@ class Fittable(Protocol):
 
 
 @runtime_checkable
+class Needing(Protocol):
+    """A `Fittable` whose `fit` needs packages that its use does not need."""
+
+    def check_installed(self) -> None:
+        """Raises ConfigError if one is missing, before anything is written."""
+
+
+@runtime_checkable
 class Unexportable(Protocol):
     """A part of a model or of a score that no graph for another engine can hold.
 

@@ -50,12 +50,17 @@ class Density(FeatureModel):
         self.samples = samples
         self.register_buffer("highest", torch.zeros(()))
 
-    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
-        if self.fitted_by and find_spec("sklearn") is None:  # before features are computed
+    def check_installed(self) -> None:
+        """As `Needing`."""
+        if self.fitted_by and find_spec("sklearn") is None:
             raise ConfigError(
                 f"{type(self).__name__} is fitted by scikit-learn, which is not installed: pip install "
                 "'blemish[features]' (what is trained needs it no more), or choose another model."
             )
+
+    def fit(self, batches: Iterable[Tensor], labels: Sequence[str | None] = ()) -> None:
+        """As `Fittable`."""
+        self.check_installed()
         super().fit(batches, labels)
 
     def learn(self, cache: FeatureCache) -> None:

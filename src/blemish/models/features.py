@@ -52,7 +52,10 @@ class FeatureSpace(nn.Module):
         if projection not in PROJECTIONS:
             raise ConfigError(f"Unknown model.projection '{projection}': {nearest_names(projection, PROJECTIONS)}")
         if projection == "none" and dimensions is not None:
-            raise ConfigError(f"model.dimensions={dimensions} needs model.projection=random or pca, found none.")
+            raise ConfigError(
+                f"model.dimensions={dimensions} needs model.projection=random or pca, found none: add "
+                "model.dimensions=null."
+            )
         if projection != "none" and (not isinstance(dimensions, int) or not 1 <= dimensions <= backbone.features):
             raise ConfigError(
                 f"Expected model.dimensions from 1 to the backbone's {backbone.features}, found {dimensions}."
@@ -121,10 +124,12 @@ class TrainedInFeatureSpace(FeatureSpace):
         with self.normal(batches):
             pass
 
-    @torch.no_grad()
     def observe(self, x: Tensor) -> Tensor:
-        """As `FeatureSpace`, but no gradient passes, and in training half precision will do: it halves the time."""
-        return self.look(x) if self.training else super().observe(x)
+        """As `FeatureSpace`, but in training no gradient passes, and half precision will do: it halves the time."""
+        if not self.training:
+            return super().observe(x)
+        with torch.no_grad():
+            return self.look(x)
 
 
 class FeatureModel(FeatureSpace, ABC):

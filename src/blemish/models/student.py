@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ class Student(TrainedInFeatureSpace):
         super().__init__(backbone, projection, dimensions, cache_gb, seed)
         check_architecture(channels, width, depth, 1)
         self.depth = depth
+        self._grids: dict[torch.Size, torch.Size] = {}
         style = (normalisation, activation)
         last = level_widths(width, depth)[-1]
         self.student = nn.Sequential(
@@ -56,10 +58,21 @@ class Student(TrainedInFeatureSpace):
         )
 
     def forward(self, x: Tensor) -> Output:
-        """(B, C, H, W) in [0, 1] -> observed and expected (B, D, h, w)."""
+        """(B, C, H, W) in [0, 1] -> observed and expected (B, D, h, w).
+
+        In training the teacher need not look at the corrupted tile, which is half of the time: nothing is observed, and
+        what is expected stands in its place.
+        """
         check_tile(x.shape[-2], x.shape[-1], self.depth)
-        observed = self.observe(x)
+        observed = None if self.training else self.observe(x)
         expected = self.student(x)
-        if expected.shape != observed.shape:
-            expected = F.interpolate(expected, observed.shape[-2:], mode="bilinear", align_corners=False)
-        return Output(observed, expected)
+        grid = self._grid(x) if observed is None else observed.shape[-2:]
+        if expected.shape[-2:] != grid:
+            expected = F.interpolate(expected, grid, mode="bilinear", align_corners=False)
+        return Output(expected if observed is None else observed, expected)
+
+    def _grid(self, x: Tensor) -> torch.Size:
+        """Height and width of the teacher's grid, which it is asked for once for each size of tiles."""
+        if x.shape[-2:] not in self._grids:
+            self._grids[x.shape[-2:]] = self.observe(x[:1]).shape[-2:]
+        return self._grids[x.shape[-2:]]

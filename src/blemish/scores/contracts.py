@@ -81,12 +81,14 @@ def gradient(score: nn.Module, value: Tensor, x: Tensor) -> Tensor:
     Raises:
         ConfigError: no gradient passes through the model.
     """
-    if not value.requires_grad:
+    slope: Tensor | None = None
+    if value.requires_grad:
+        (slope,) = torch.autograd.grad(value, x, allow_unused=True)
+    if slope is None:
         raise ConfigError(
             f"{type(score).__name__} follows gradients from the model's output back to its input, and found none: use "
             "a score that needs no gradient, such as score=residual."
         )
-    (slope,) = torch.autograd.grad(value, x)
     return slope
 
 

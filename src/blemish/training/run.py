@@ -36,7 +36,7 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
-from blemish.models.contracts import Contrasting, Fittable, Preparing, classes_of, parts_of_other_runs
+from blemish.models.contracts import Contrasting, Fittable, Needing, Preparing, classes_of, parts_of_other_runs
 from blemish.normalisation import NormalisationSettings
 from blemish.pipeline import Finished
 from blemish.preprocess import Preprocess
@@ -84,6 +84,8 @@ def start(
     """
     splits = _split(records, settings)
     parts = _Parts.build(settings, splits)
+    for sentence in parts.unused(overrides):
+        print(sentence, flush=True)
     if settings["training"]["batch_size"] == AUTO:
         chosen = parts.try_batch_sizes(settings)
         print(chosen, flush=True)
@@ -165,6 +167,8 @@ class _Parts:
         torch.manual_seed(settings["seed"])
         model = build_model(settings)
         device = check_trainer(settings["trainer"], model, training.accumulate)
+        if isinstance(model, Needing):
+            model.check_installed()
         if training.compile:
             check_compile(model, device)
         if by_trial:
@@ -197,6 +201,34 @@ class _Parts:
         return cls(
             model, objective, score, corruption, training, normalisation, tiling, tiles, labels, validation, device
         )
+
+    def unused(self, overrides: Sequence[str]) -> list[str]:
+        """Sentences about settings that were given and do nothing, or nothing good."""
+        sentences = []
+        if isinstance(self.model, Fittable):
+            for_others = (
+                "training.",
+                "objective",
+                "augment",
+                *(() if isinstance(self.model, Contrasting) else ("corruption",)),
+            )
+            kept = tuple(
+                f"training.{name}=" for name in ("batch_size", "cache_gb", "disk_gb", "channels_last", "workers")
+            )
+            given = [
+                word for word in overrides if word.lstrip("+~").startswith(for_others) and not word.startswith(kept)
+            ]
+            if given:
+                sentences.append(
+                    f"ignored: {', '.join(given)}, for {type(self.model).__name__} learns by itself (its own settings "
+                    "are those of model)"
+                )
+        elif not getattr(self.corruption, "tells_where", True) and getattr(self.model, "mask", None) is not None:
+            sentences.append(
+                f"note: {type(self.corruption).__name__} changes every pixel or none, so that the mask head learns "
+                "nothing: model.mask_head=false leaves it out"
+            )
+        return sentences
 
     def try_batch_sizes(self, settings: Mapping[str, Any]) -> Choice:
         """The batch size that suits the device which will train."""
