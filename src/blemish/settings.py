@@ -168,8 +168,13 @@ def _with_options(verb: str, options: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _is_option(group: str, name: str) -> bool:
-    """Whether a group of settings has an option of this name."""
-    return bool(group) and name in (path.stem for path in (config_folder() / group).glob("*.yaml"))
+    """Whether a group of settings, which may say where it goes (GROUP@PLACE), has an option of this name."""
+    return name in _options(group)
+
+
+def _options(group: str) -> list[str]:
+    group = group.partition("@")[0]
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml")) if group else []
 
 
 def _known_names(config: Any, prefix: str = "") -> set[str]:
@@ -205,7 +210,7 @@ def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
 def _explain(verb: str, word: str, message: str, defaults: dict[str, Any]) -> str:
     known = _known_names(defaults)
     key, _, value = word.lstrip("+~").partition("=")
-    options = sorted(path.stem for path in (config_folder() / key).glob("*.yaml")) if key else []
+    options = _options(key)
     if options and value not in options:
         return f"There is no {key} '{value}': {nearest_names(value, options)} ({key} is one of {', '.join(options)})"
     if key not in known:

@@ -12,6 +12,7 @@ from pytorch_lightning import Trainer
 from blemish.build import build
 from blemish.commands import ACTIONS
 from blemish.difference.build import build_comparison
+from blemish.errors import ConfigError
 from blemish.settings import config_folder
 
 GROUPS = ("model", "backbone", "residual", "score", "corruption", "augment", "data", "trainer", "sweep", "strategy")
@@ -51,7 +52,8 @@ def test_option_composes_and_fits_its_target(settings, group, option):
     text = (config_folder() / group / f"{option}.yaml").read_text("utf-8")
     content = yaml.safe_load(text)
     own = content[group] if text.startswith("# @package _global_") else content  # settings of other groups, too
-    assert composed[group].keys() == own.keys()
+    placed = [key.partition("@")[2] for part in content.get("defaults", ()) if part != "_self_" for key in part]
+    assert composed[group].keys() == {*own, *(place for place in placed if place)} - {"defaults"}
     assert composed[group].get("_target_") == own.get("_target_")
     assert_fits(composed)
 
@@ -83,6 +85,25 @@ def test_every_score_uses_the_residual_that_was_chosen(settings, option):
     assert all(part["residual"] == composed["residual"] for part in parts if "residual" in part)
     own = yaml.safe_load((config_folder() / "score" / f"{option}.yaml").read_text("utf-8"))
     assert all(part["_target_"].startswith("blemish.scores.") for _, part in targets(own)), "write ${residual}"
+
+
+@pytest.mark.parametrize("option", ["flips", "multi_scale", "noise_draws"])
+@pytest.mark.parametrize("inner", ["repaired", "repair_mask", "elbo"])
+def test_an_inner_score_is_chosen_by_its_name(settings, option, inner):
+    composed = settings(f"score={option}", f"score@score.score={inner}", "image.channels=1")["score"]
+    assert composed["score"] == settings(f"score={inner}", "image.channels=1")["score"]
+    build(composed, where="score")
+
+
+def test_an_unknown_inner_score_is_named(settings):
+    with pytest.raises(ConfigError, match=r"There is no score@score\.score 'repeired': did you mean 'repaired'"):
+        settings("score=flips", "score@score.score=repeired")
+
+
+@pytest.mark.parametrize("model", ["gaussian", "isolation_forest", "kde"])
+def test_a_projection_can_be_left_out(settings, model):
+    chosen = settings(f"model={model}", "model.projection=none", "model.dimensions=null", "image.channels=1")["model"]
+    assert (chosen["projection"], chosen["dimensions"]) == ("none", None)
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "model"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -295,3 +296,27 @@ def test_two_processes_train_one_detector(spawn_cli, tiny_data, tiny, tmp_path):
     assert result.returncode == 0, result.stderr
     assert load_detector(run)(tiny_data / "test/blob/000.png").score_map.shape == (40, 48)
     assert steps_in(run, "last") == 4
+
+
+BY_ITSELF = ("model=pca", "backbone=colour_histogram", "image.channels=3", "tiling.size=32", "image.size=null")
+BY_ITSELF += ("calibration.alpha=0.1", "trainer=cpu", "synthetic.images=0", "report.images=0")
+
+
+def test_settings_that_do_nothing_are_named(run_cli, tiny, tiny_data, tmp_path):
+    data = ["data=mvtec", f"data.root={tiny_data}"]
+    done = run_cli(["train", *BY_ITSELF, *data, f"out={tmp_path / 'a'}", "training.learning_rate=1", "augment=flips"])
+    assert done.code == 0, done.err
+    assert "ignored: training.learning_rate=1, augment=flips, for PrincipalSubspace learns by itself" in done.out
+    words = ["model=repair_ae", "model.width=4", "model.depth=2", "corruption=none"]
+    small = [word for word in tiny if not word.startswith(("model", "corruption"))]
+    done = run_cli(["train", *small, *words, *data, f"out={tmp_path / 'b'}"])
+    assert done.code == 0, done.err
+    assert "note: NoCorruption changes every pixel or none" in done.out
+
+
+def test_a_missing_package_is_named_before_anything_is_written(run_cli, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as if it were not installed
+    words = [*BY_ITSELF, "model=isolation_forest", "model.dimensions=2", "data=mvtec", f"data.root={tiny_data}"]
+    done = run_cli(["train", *words, f"out={tmp_path / 'run'}"])
+    assert done.code == 2 and "fitted by scikit-learn, which is not installed" in done.sentences[0]
+    assert not (tmp_path / "run").exists()

@@ -291,3 +291,50 @@ def test_safetensors_are_named_where_they_are_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ConfigError, match="needs the package safetensors: pip install safetensors, or name"):
         read_state_dict(tmp_path / "weights.safetensors")
+
+
+class FeaturesLast(Two):
+    """As transformers give them, (B, h, w, K)."""
+
+    def layers(self, x):
+        return [grid.movedim(1, -1) for grid in super().layers(x)]
+
+
+def test_grids_with_features_last_are_turned():
+    x = images()[..., :48]
+    assert FeaturesLast().features == 2
+    assert torch.equal(FeaturesLast(3, 16)(x), Two(3, 16)(x))
+
+
+def test_a_network_of_one_size_is_one_sentence():
+    with pytest.raises(
+        ConfigError, match=r"network for images of any size, but the backbone 'vit_b_16' cannot look at"
+    ):
+        TorchvisionBackbone("vit_b_16", ["encoder"], "none", margin=0)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
+@pytest.mark.parametrize(("network", "levels"), [("convnext_atto", [1, 2]), ("resnet18", [1, 2])])
+def test_timms_own_state_dict_fills_its_network_of_features(network, levels, tmp_path):
+    import timm
+
+    whole = timm.create_model(network).eval()
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    backbone = TimmBackbone(network, levels, str(tmp_path / "weights.pth"), average=1, margin=0)
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    seen = (x - backbone.shift) / backbone.scale
+    with torch.no_grad():
+        coarse = whole.forward_intermediates(seen, indices=levels, intermediates_only=True)[0]
+    torch.testing.assert_close(backbone(x)[:, : coarse.shape[1]], coarse)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
+def test_levels_of_timm_by_name():
+    by_name, by_number = (TimmBackbone("resnet18", layers, "none") for layers in (["layer1", 2], [1, 2]))
+    assert by_name.fingerprint == by_number.fingerprint and by_name.features == by_number.features
+    with pytest.raises(ConfigError, match=r"Unknown layer 'layer9' in backbone\.layers: did you mean 'layer"):
+        TimmBackbone("resnet18", ["layer9"], "none")
+    with pytest.raises(ConfigError, match=r"one or more numbers or names in backbone\.layers, found none"):
+        TimmBackbone("resnet18", [], "none")
+    with pytest.raises(ConfigError, match=r"network for images of any size|timm cannot make"):
+        TimmBackbone("swin_tiny_patch4_window7_224", [0, 1], "none")

@@ -198,6 +198,9 @@ def test_scikit_learn_is_asked_for_before_features_are_computed(monkeypatch):
             ConfigError, match=r"fitted by scikit-learn, which is not installed: pip install 'blemish\["
         ):
             kind(Patches()).fit([])
+        with pytest.raises(ConfigError, match="fitted by scikit-learn"):
+            kind(Patches()).check_installed()
+    KernelDensity(Patches(), samples=10).check_installed()
     KernelDensity(Patches(), samples=10).fit([tiles(1)])
 
 

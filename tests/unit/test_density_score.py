@@ -15,6 +15,7 @@ from blemish.models.autoencoder import ConvAutoencoder
 from blemish.models.contracts import Output
 from blemish.models.repair import RepairAutoencoder
 from blemish.residuals import L2
+from blemish.scores.augmented import FlipsScore, MultiScaleScore, NoiseDrawsScore
 from blemish.scores.combinations import CombinedScore
 from blemish.scores.contracts import LearningScore
 from blemish.scores.density import DensityScore
@@ -205,3 +206,11 @@ def test_the_same_seed_learns_the_same():
 def test_numbers_out_of_range_are_refused(changes, said):
     with pytest.raises(ConfigError, match=said):
         DensityScore(RESIDUAL, **changes)
+
+
+@pytest.mark.parametrize("wrap", [FlipsScore, MultiScaleScore])
+def test_a_view_that_moves_places_is_refused(wrap):
+    inner = CombinedScore([DensityScore(NOTHING)])
+    with pytest.raises(ConfigError, match=r"DensityScore learns each place of a tile by itself, and \w+ moves them"):
+        wrap(inner)
+    NoiseDrawsScore(inner)

@@ -59,8 +59,8 @@ def test_they_are_trained_by_the_trainer_towards_prepared_features(kind):
     normal = model.observe(tiles())
     torch.testing.assert_close(normal.mean(dim=(0, 2, 3)), torch.zeros(2), atol=1e-2, rtol=0)
     torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(2), atol=1e-2, rtol=0)
-    x = tiles(2, 5).requires_grad_()
-    assert torch.equal(model(x).observed, model.observe(x)) and not model.observe(x).requires_grad
+    model.eval()
+    assert torch.equal(model(tiles(2, 5)).observed, model.observe(tiles(2, 5)))
 
 
 def test_the_target_is_what_the_clean_tile_shows_whatever_was_given():
@@ -115,3 +115,33 @@ def test_corrupted_places_of_a_grid_weigh_by_their_share():
     mask[..., :4, :2] = 1  # half of the first place
     loss = ReconstructionObjective(L2(), corrupted_weight=5.0)(Output(expected, expected), target, mask, 0)
     assert loss.total.item() == pytest.approx((3 * 1 + 4 + 9 + 16) / (3 + 1 + 1 + 1))
+
+
+def test_a_teacher_need_not_look_at_what_is_corrupted(monkeypatch):
+    model = prepared(Student)
+    seen = []
+    look = Coarse.forward
+    monkeypatch.setattr(Coarse, "forward", lambda self, x: seen.append(len(x)) or look(self, x))
+    task = ReconstructionTask(model.train(), ReconstructionObjective(L2()), Structured(), 0.01, 0.0, 1, 0)
+    for step in range(3):
+        task.loss_of(tiles(8, step))
+    assert sorted(seen) == [1, 8, 8, 8], "the clean tiles, and one for the size of the grid"
+    output = model.eval()(tiles(4))
+    assert torch.equal(output.observed, model.observe(tiles(4)))
+    assert not torch.equal(output.observed, output.expected)
+
+
+@pytest.mark.parametrize("kind", [FeatureRepair, Student])
+def test_gradients_pass_through_what_is_observed_but_not_in_training(kind):
+    model = prepared(kind)
+    x = tiles(2).requires_grad_()
+    assert model.eval().observe(x).requires_grad
+    assert not model.train().observe(x).requires_grad
+
+
+@pytest.mark.parametrize("mask_head", [True, False])
+def test_what_is_observed_is_shown_to_a_density(mask_head):
+    model = prepared(FeatureRepair, mask_head=mask_head).eval()
+    output = model(tiles(2))
+    assert torch.equal(output.activations[0], output.observed)
+    assert len(output.activations) == 1 + mask_head

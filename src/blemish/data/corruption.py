@@ -160,8 +160,7 @@ class CutPaste:
         contrast, brightness = 1 + self.jitter * (2 * torch.rand(2, batch, channels, 1, 1, device=x.device) - 1)
         mean = x.mean(dim=(2, 3), keepdim=True)
         piece = ((piece - mean) * contrast + mean * brightness).clamp(0, 1)
-        corrupted = torch.where(pasted, piece, x)
-        return Corrupted(corrupted, x, _visible(x, corrupted, pasted))
+        return Corrupted(torch.where(pasted, piece, x), x, pasted.to(x.dtype))
 
     def _pieces(self, batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Height and width in pixels and angle of a piece for each tile, (B, 1, 1, 1) each."""

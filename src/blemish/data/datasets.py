@@ -153,7 +153,7 @@ class TrainingTiles(Dataset[Tensor]):
 
 
 class ValidationTiles(Dataset[Tensor]):
-    """At most `most` fixed tiles, spread evenly over the images and their windows."""
+    """At most `most` fixed tiles, spread evenly over the images and their windows, of which there are `total`."""
 
     def __init__(self, images: ImageCache, tiling: Tiling, most: int = 256) -> None:
         self._images, self._size = images, tiling.size
@@ -163,6 +163,7 @@ class ValidationTiles(Dataset[Tensor]):
             places += [(index, top, left) for top in tiling.starts(height) for left in tiling.starts(width)]
         chosen = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int))
         self._places = [places[place] for place in chosen]
+        self.total = len(places)
 
     def __len__(self) -> int:
         return len(self._places)

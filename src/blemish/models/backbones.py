@@ -239,7 +239,7 @@ class TimmBackbone(Backbone):
             ) from error
 
         def create(pretrained: bool, levels: Sequence[int] | None) -> Any:
-            only = {} if levels is None else {"out_indices": tuple(levels)}
+            only: dict[str, Any] = {} if levels is None else {"out_indices": tuple(levels)}
             return timm.create_model(network, pretrained=pretrained, features_only=True, **only)
 
         try:

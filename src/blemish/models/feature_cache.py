@@ -83,7 +83,11 @@ def _read(values: npt.NDArray[np.float16]) -> Tensor:
 
 @contextmanager
 def cached(
-    backbone: Callable[[Tensor], Tensor], batches: Iterable[Tensor], gigabytes: float, device: torch.device
+    backbone: Callable[[Tensor], Tensor],
+    batches: Iterable[Tensor],
+    gigabytes: float,
+    device: torch.device,
+    setting: str = "model.cache_gb",
 ) -> Iterator[FeatureCache]:
     """The features of normal tiles, for as long as the context lasts.
 
@@ -91,6 +95,7 @@ def cached(
         backbone: from tiles (B, C, H, W) to features (B, D, h, w).
         batches: are gone through twice.
         gigabytes: the file's largest size; of more tiles, so many as fit are taken, evenly spread, with a warning.
+        setting: that says so, for the warning.
 
     Raises:
         ConfigError: there is no tile, or a feature does not fit float16. BlemishError: the disk is full.
@@ -109,7 +114,7 @@ def cached(
     kept = np.arange(total)
     if fitting < total:
         warnings.warn(
-            f"features of {fitting} of {total} tiles, evenly spread, fit into model.cache_gb={gigabytes:g}: raise it "
+            f"features of {fitting} of {total} tiles, evenly spread, fit into {setting}={gigabytes:g}: raise it "
             "to learn from more",
             stacklevel=2,
         )
@@ -127,7 +132,9 @@ def cached(
                     grids = features(batch[torch.from_numpy(chosen)])
                     half = grids.half()
                     if not torch.isfinite(half).all():
-                        raise ConfigError("A feature is beyond what float16 holds: choose another backbone.")
+                        raise ConfigError(
+                            "A feature is beyond what float16 holds: choose another backbone, or train the model anew."
+                        )
                     moments.add(grids)
                     file.write(half.contiguous().numpy().tobytes())
                 bar.update(len(batch))

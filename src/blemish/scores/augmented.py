@@ -23,6 +23,7 @@ from blemish.scores.contracts import (
     check_not_negative,
     expected_tile,
     explain,
+    learning_parts,
 )
 
 
@@ -37,11 +38,22 @@ class View(NamedTuple):
 class AugmentedScore(ExplainedScore):
     """Base: the mean of another score over the `views` that subclasses make.
 
-    A score that learns of normal tiles learns of them as they are.
+    A score that learns of normal tiles learns of them as they are. `moves`: a view shows what lies at one place of the
+    tile at another, which a score that learned each place by itself must not be asked about.
+
+    Raises:
+        ConfigError: the inner score did that.
     """
+
+    moves = True
 
     def __init__(self, score: Score) -> None:
         super().__init__()
+        if self.moves and (parts := learning_parts(score)):
+            raise ConfigError(
+                f"{type(parts[0]).__name__} learns each place of a tile by itself, and {type(self).__name__} moves "
+                "them: take another inner score, such as score@score.score=repaired."
+            )
         self.score = score
 
     @abstractmethod
@@ -139,6 +151,7 @@ class NoiseDrawsScore(AugmentedScore):
         ConfigError: std is negative, draws below 1, or (in use) the model is not in pixel space.
     """
 
+    moves = False
     unexportable = NO_RANDOM_NUMBERS
 
     def __init__(self, score: Score, std: float = 0.1, draws: int = 4, seed: int = 0) -> None:

@@ -42,7 +42,7 @@ class DensityScore(ExplainedScore):
 
     Args:
         other: that other score.
-        stride: pixels between two places, or what the model's finest layer has, if that is more.
+        stride: pixels between two places, rounded to what the model's layers allow; not less than its finest layer has.
         dimensions: D, to which all layers together are projected at random, at most: a place costs 4 * D^2 bytes.
         shrinkage: added to the diagonal of the covariance, whose entries are about 1; > 0.
         quantile: of the other score over the pixels of normal tiles, which is its unit; between 0.5 and 1.
@@ -127,7 +127,11 @@ class DensityScore(ExplainedScore):
         if not model(some).activations:
             return
         self.to(some.device)
-        with cached(lambda x: self._grid(model(x).activations, x), batches, self.cache_gb, some.device) as cache:
+
+        def grid(x: Tensor) -> Tensor:
+            return self._grid(model(x).activations, x)
+
+        with cached(grid, batches, self.cache_gb, some.device, "score.cache_gb") as cache:
             count = len(cache.mean)
             dimensions = min(self.dimensions, count)
             projection = random_projection(dimensions, count, torch.Generator().manual_seed(self.seed)) / cache.unit

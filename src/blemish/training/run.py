@@ -61,7 +61,7 @@ from blemish.training.objectives import ReconstructionObjective
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
 _COSTS = ("training_seconds", "training_core_seconds")
 _APART = "give both runs the same data, seed, split and calibration, so that both set the same images aside"
-_MOST_TO_LEARN = 1000  # tiles, for models that learn by themselves
+_MOST_TO_LEARN = 1000  # tiles, for models and scores that learn by themselves
 
 
 def start(
@@ -268,7 +268,10 @@ class _Parts:
 
     def _normal(self) -> ValidationTiles:
         """Training tiles in fixed places."""
-        return ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
+        tiles = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
+        if len(tiles) < tiles.total:
+            print(f"learning from {len(tiles)} of {tiles.total} training tiles, evenly spread", flush=True)
+        return tiles
 
     def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
         """Batches of normal tiles (B, C, t, t) as model and score see them."""
