@@ -15,7 +15,7 @@ class MaskScore(ExplainedScore):
 
     In nats, not as a probability, which would be 1 for all that is certain, and would not tell which is worse.
 
-    `CombinedScore` joins it to a residual: see configs/score/repair.yaml.
+    `CombinedScore` joins it to a residual: see configs/score/repaired.yaml.
 
     Args:
         required: refuse a model that does not say where it repaired; else its score is 1 everywhere, which
