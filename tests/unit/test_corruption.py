@@ -342,6 +342,20 @@ def test_impossible_pastes_are_refused(wrong):
 # --- structured
 
 
+def test_scratches_are_drawn_down_to_a_pixel_of_the_tile():
+    tiles_ = torch.full((200, 1, 128, 128), 0.5)
+    opacity = seeded(lambda x: Structured(shapes=["lines"])._opacities(200, x), tiles_)
+    share = opacity / opacity.amax(dim=(1, 2, 3), keepdim=True)
+    # The area over the longer side of its box: the width, and less where a line is bent or cut off.
+    widths = [
+        area / max(box)
+        for (box, area) in zip(boxes(share > 0.5), (share > 0.5).sum(dim=(1, 2, 3)), strict=True)
+        if max(box)
+    ]
+    assert sum(width < 2 for width in widths) > 0.2 * len(widths)
+    assert max(widths) < 128 / 8
+
+
 @of({name: corrupt for name, corrupt in EVERY.items() if isinstance(corrupt, Structured) and not corrupt.anchor})
 def test_structured_input_stays_an_image(corrupt):
     result = seeded(corrupt, smooth_tiles())

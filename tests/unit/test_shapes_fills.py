@@ -106,7 +106,7 @@ def test_shapes_are_opacities_of_the_size_asked_for(shape, size, count):
 def test_shapes_show_and_differ(shape):
     opacity = shape(100, (64, 64), 4.0, 32.0, CPU)
     found = extents(opacity)
-    assert len(found) > 60
+    assert len(found) > 85, "the others lie outside, or are fainter"
     assert len({area for *_, area in found}) > 30
     assert opacity.mean() < 0.4
     assert (opacity.mean(dim=0) > 0).float().mean() > 0.8  # not always at one place

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blemish.data.fills import FILLS, mean_and_std
-from blemish.data.shapes import SHAPES, log_uniform, uniform
+from blemish.data.shapes import SHAPES, THIN, log_uniform, uniform
 from blemish.errors import ConfigError, nearest_names
 
 
@@ -264,14 +264,18 @@ class Structured:
 
     def _opacities(self, count: int, x: Tensor) -> Tensor:
         """A shape each: (count, 1, H, W)."""
-        # Drawn at half the resolution, which costs a quarter, and enlarged.
-        size = (-(-x.shape[2] // 2), -(-x.shape[3] // 2))
-        smallest, largest = (max(1.0, share * min(size)) for share in (self.smallest, self.largest))
-        opacity = torch.empty(count, 1, *size, device=x.device)
+        height, width = x.shape[2:]
+        opacity = torch.empty(count, 1, height, width, device=x.device)
         for shape, where in _deal(self.shapes, count, x.device):
-            opacity.index_copy_(0, where, shape(len(where), size, smallest, largest, x.device, self.fading))
-        opacity = F.interpolate(opacity, scale_factor=2, mode="bilinear")[..., : x.shape[2], : x.shape[3]].to(x.dtype)
-        return opacity * uniform(count, self.faintest, 1, x.device)
+            # Half the resolution costs a quarter, but there a thin shape is twice as wide.
+            step = 1 if shape in THIN else 2
+            size = (-(-height // step), -(-width // step))
+            smallest, largest = (max(1.0, share * min(size)) for share in (self.smallest, self.largest))
+            drawn = shape(len(where), size, smallest, largest, x.device, self.fading)
+            if step > 1:
+                drawn = F.interpolate(drawn, scale_factor=step, mode="bilinear")[..., :height, :width]
+            opacity.index_copy_(0, where, drawn)
+        return opacity.to(x.dtype) * uniform(count, self.faintest, 1, x.device)
 
     def _fillings(self, x: Tensor, tiles: Tensor) -> Tensor:
         """A filling for each of the chosen tiles (numbers into x), made of it or of another of the batch."""

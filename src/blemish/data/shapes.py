@@ -77,15 +77,12 @@ def ellipses(
 def lines(
     count: int, size: tuple[int, int], smallest: float, largest: float, device: torch.device, fading: float = 0.0
 ) -> Tensor:
-    """Scratches: bent strokes, half a pixel to a sixteenth of `largest` wide.
-
-    `Structured` draws at half the resolution: its thinnest are 2 pixels of the tile wide, half of them 4 or more.
-    """
+    """Scratches: bent strokes, a pixel to a sixteenth of `largest` wide."""
     y, x = _coordinates(count, size, largest, device)
     length = log_uniform(count, 4 * smallest, 2 * largest, device) / 2
-    width = log_uniform(count, 0.5, max(2.0, largest / 16), device) / 2
+    width = log_uniform(count, 1.0, max(2.0, largest / 16), device) / 2
     beyond = (y.abs() - length).clamp(min=0)
-    return _edge(width - torch.sqrt(x.square() + beyond.square()) + 0.25, width, fading)
+    return _edge(width - torch.sqrt(x.square() + beyond.square()), width, fading)
 
 
 def polygons(
@@ -112,12 +109,13 @@ def blobs(
 ) -> Tensor:
     """Low-frequency noise above a random level (Zavrtanik et al., DRAEM, ICCV 2021), inside a random ellipse.
 
-    In a quarter of the cases there is next to nothing of it inside.
+    The level is 0.2 to 0.7 of the highest value inside, so that there is something.
     """
     cell = log_uniform(count, max(2, smallest / 2), max(4, largest / 2), device)
     noise = smooth_noise(count, 1, size, cell)
-    above = noise - uniform(count, 0.3, 1.2, device)
     window = ellipses(count, size, max(smallest, largest / 4), 2 * largest, device)
+    highest = (noise * window).amax(dim=(2, 3), keepdim=True)
+    above = noise - highest * uniform(count, 0.2, 0.7, device)
     return _edge(above * cell, cell, fading) * window
 
 
@@ -140,6 +138,8 @@ SHAPES: dict[str, Shape] = {
     "lines": lines,
     "polygons": polygons,
 }
+THIN = (lines,)
+"""What a pixel more or less in width makes another thing of."""
 
 
 def _edge(inside: Tensor, radius: Tensor, fading: float) -> Tensor:
