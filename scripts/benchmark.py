@@ -41,7 +41,7 @@ from blemish.errors import BlemishError, ConfigError, nearest_names
 from blemish.files import explain_write_errors, write_json
 from blemish.settings import compose_settings
 
-RESULTS_FILE, TABLE_FILE = "results.jsonl", "benchmark.md"
+RESULTS_FILE, TABLE_FILE, DATA_FILE = "results.jsonl", "benchmark.md", "data.json"
 MEASURE = Path(__file__).with_name("benchmark_cell.py")
 BUG = 70
 _OWN = ("data", "data.root", "out", "resume", "seed", "calibration.alpha")
@@ -438,6 +438,23 @@ def benchmark(cells: Sequence[Cell], out: Path, run_process: Runner, command: st
     return failed
 
 
+def check_same_data(out: Path, roots: Mapping[str, Path]) -> None:
+    """Raise ConfigError if a data set was another folder, or had other files, when results in `out` were made of it."""
+    file = out / DATA_FILE
+    known = _read(file)
+    for name, root in roots.items():
+        digest = hashlib.sha256()
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        if known.setdefault(name, digest.hexdigest()) != digest.hexdigest():
+            raise ConfigError(
+                f"data.{name}={root} has not the files from which the results in {out} were made: take another name or "
+                "another out=."
+            )
+    write_json(file, known)
+
+
 def in_short(result: Mapping[str, Any]) -> str:
     if result["status"] == "failed":
         return f"failed: {result['sentence']}"
@@ -515,6 +532,7 @@ def main(words: Sequence[str]) -> int:
     cells = settings.cells(roots, [row for row in values.get("rows", "").split(",") if row])
     stop_cleanly()
     with alone(out) as lock:
+        check_same_data(out, roots)
         failed = benchmark(cells, out, Processes(lock), _as_typed(path, values, roots))
     print(f"{failed} cells failed; " if failed else "", f"table: {out / TABLE_FILE}", sep="")
     return int(failed > 0)

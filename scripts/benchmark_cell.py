@@ -212,6 +212,7 @@ def measure(run: Path) -> dict[str, Any]:
     inference["images"] = len(images)
     inference |= {f"batch_{batch}": detector_speed(detector, images, batch) for batch in BATCHES}
     steps, seconds = trained_steps(run), about.get("training_seconds")
+    tiles = settings["training"]["batch_size"] * settings["training"].get("accumulate", 1)
     figures = figures_of(read_json(run / "metrics.json"))
     alarms = figures["false_alarms"]
     figures["chance"] = chance_of_alarms(card.n, card.rank, figures["normals"], alarms) if card.rank else None
@@ -225,16 +226,30 @@ def measure(run: Path) -> dict[str, Any]:
             "steps": steps,
             "planned_steps": settings["training"]["steps"],
             "batch_size": settings["training"]["batch_size"],
-            "tiles_per_second": steps * settings["training"]["batch_size"] / seconds if steps and seconds else None,
+            "tiles_per_second": steps * tiles / seconds if steps and seconds else None,
         },
         "inference": inference,
         "parameters": sum(parameter.numel() for parameter in detector.scorer.model.parameters()),
+        "numbers": numbers_of(detector.scorer.model, detector.scorer.score),
         "images": about["images"],
         "config_fingerprint": fingerprint(settings),
         "detector_fingerprint": detector.fingerprint,
         "data_fingerprint": about["data_fingerprint"],
         "hardware": hardware(str(detector.scorer.device)),
     }
+
+
+def numbers_of(*parts: Any) -> int:
+    """All that a detector is made of: parameters, frozen weights, and what was learned without gradients."""
+    from itertools import chain
+
+    tensors = {
+        id(tensor): tensor.numel()
+        for part in parts
+        if hasattr(part, "parameters")
+        for tensor in chain(part.parameters(), part.buffers())
+    }
+    return sum(tensors.values())
 
 
 def main() -> None:

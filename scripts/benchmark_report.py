@@ -261,7 +261,7 @@ def _ranking(done: Sequence[Result]) -> list[str]:
 
 def _costs_table(groups: Sequence[Sequence[Result]]) -> str:
     headers = ["row", "training", "of cores", "steps", "tiles/s", "peak MiB"]
-    headers += ["images/s, 1 tile", "32 tiles", "peak MiB predicting", "parameters"]
+    headers += ["images/s, 1 tile", "32 tiles", "peak MiB predicting", "parameters", "all numbers"]
     rows = []
     for group in groups:
         rows.append(
@@ -276,6 +276,7 @@ def _costs_table(groups: Sequence[Sequence[Result]]) -> str:
                 spread(_take(group, "inference", "batch_32", "images_per_second"), speed),
                 spread(_take(group, "inference", "peak_mib"), whole),
                 whole(group[0]["parameters"]),
+                spread([group[0].get("numbers")], whole),
             ]
         )
     return as_table(headers, rows)
@@ -398,4 +399,6 @@ MEASURED = """\
   the median of several passes in a fresh process after a warm-up. "1 tile": one tile at a time; "32 tiles": up to 32
   tiles at a time, where neighbouring images are equal in size. Reading and writing files is not in it. (A tile of the
   peer is a whole image.)
+- Parameters: what gradients trained. All numbers: these, frozen weights, and what model and score learned without
+  gradients, as banks, means and covariances are ("-": not counted then).
 - Peak MiB predicting: a fresh process that loads the detector and predicts these images, files written."""

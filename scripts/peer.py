@@ -285,8 +285,8 @@ def measure(job: Mapping[str, Any]) -> None:
         "calibration": {"alpha": job["alpha"], "rule": card.promise.rule, "n": card.n, "rank": card.rank},
         "training": {"seconds": content["seconds"], "steps": None, "tiles_per_second": None, "interrupted": False},
         "inference": inference,
-        "parameters": sum(weight.numel() for weight in peer.model.parameters())
-        + sum(tensor.numel() for tensor in content["state"].values()),
+        "parameters": 0,  # none is trained
+        "numbers": benchmark_cell.numbers_of(peer.model),  # what it learned lies in its buffers
         "images": {name: len(parts.of(name)) for name in ("train", "validation", "calibration", "test")},
         "data_fingerprint": parts.fingerprint(),
         "hardware": benchmark_cell.hardware("cpu"),
@@ -392,6 +392,7 @@ def main(words: Sequence[str]) -> int:
     jobs = list(jobs_of(settings, {key: str(value) for key, value in (DEFAULTS | own).items()}, roots))
     benchmark.stop_cleanly()
     with benchmark.alone(out) as lock:
+        benchmark.check_same_data(out, roots)
         finished = {result["key"] for result in benchmark.read_results(file) if result["status"] == "done"}
         for job in jobs:
             print(f"{job['data']}, {row_of(job)}, seed {job['seed']}", flush=True)

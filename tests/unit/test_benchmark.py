@@ -66,6 +66,7 @@ def found_by_measuring(**changes):
         "training": {"seconds": 100.0, "steps": 100, "tiles_per_second": 16.0},
         "inference": {"peak_mib": 300.0, "batch_1": {"images_per_second": 10.0}},
         "parameters": 1234,
+        "numbers": 5678,
         "images": {"train": 100, "validation": 10, "calibration": 60, "test": 50},
         "data_fingerprint": {"test": "t", "calibration": "c"},
         "hardware": {"cpu": "A", "cores": 2, "threads": 2, "device": "cpu", "torch": "2", "python": "3", "system": "L"},
@@ -344,6 +345,19 @@ def test_a_later_failure_hides_nothing(report):
     assert [result["status"] for result in report.latest([line(), failed])] == ["done"]
     assert [result["status"] for result in report.latest([failed, line()])] == ["done"]
     assert [result["status"] for result in report.latest([failed])] == ["failed"]
+
+
+def test_another_folder_under_the_same_name_is_refused(bench, tmp_path):
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    for folder, content in ((first, "a"), (second, "ab")):
+        folder.mkdir()
+        (folder / "image.png").write_text(content)
+    bench.check_same_data(out, {"dice": first})
+    bench.check_same_data(out, {"dice": first, "tiles": second})
+    with pytest.raises(
+        ConfigError, match=r"data\.dice=.*second has not the files from which the results in .* were made"
+    ):
+        bench.check_same_data(out, {"dice": second})
 
 
 def test_a_failed_seed_hides_no_other(report):
