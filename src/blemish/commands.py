@@ -96,6 +96,8 @@ def _settle_backbone(config: Any) -> None:
         value = OmegaConf.select(config, f"backbone.{name}")
         if isinstance(value, str) and (path := Path(value).expanduser()).exists():
             config.backbone[name] = str(path.absolute())
+    if isinstance(cache := OmegaConf.select(config, "backbone.cache"), str):
+        config.backbone.cache = str(Path(cache).expanduser().absolute())
 
 
 def _check_new(run: Path, otherwise: str = "") -> None:

@@ -104,9 +104,69 @@ def test_cache_is_bounded_and_says_so():
         cached(counting, tiles().split(7), 10.5 * bytes_of_one / 2**30, torch.device("cpu")) as cache,
     ):
         assert cache.tiles == 10 and sum(asked) == 1 + 10
-        assert Path(cache.values.filename).stat().st_size == 10 * bytes_of_one
+        assert Path(cache.values.filename).stat().st_size == 10 * 768 + 128, "and a header"
         ends = backbone(tiles()[[0, -1]]).permute(0, 2, 3, 1)
         np.testing.assert_allclose(cache.values[[0, -1]], ends, atol=1e-3)
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """The numbers of tiles that `Tiny` was shown, call by call."""
+    calls, look = [], Tiny.layers
+    monkeypatch.setattr(Tiny, "layers", lambda self, x: calls.append(len(x)) or look(self, x))
+    return calls
+
+
+def kept_features(folder, normal=None, **changes):
+    backbone = Tiny()
+    for name, value in changes.items():
+        setattr(backbone, name, value)
+    normal = tiles() if normal is None else normal
+    with cached(backbone, normal.split(7), 1.0, torch.device("cpu"), folder=folder) as cache:
+        return np.array(cache.values), cache.mean.clone(), cache.deviation.clone()
+
+
+def test_features_that_are_kept_are_computed_once(tmp_path, looked):
+    folder = tmp_path / "some" / "cache"
+    first = kept_features(folder)
+    assert sum(looked) >= 40
+    looked.clear()
+    again = kept_features(folder)
+    assert looked == [1, 1], "the probe of a new backbone, and one tile to know what it says"
+    for before, after in zip(first, again, strict=True):
+        np.testing.assert_array_equal(before, after)
+    with cached(Tiny(), tiles().split(7), 1.0, torch.device("cpu")) as cache:
+        np.testing.assert_array_equal(cache.values, first[0])
+        assert torch.equal(cache.mean, first[1]) and torch.equal(cache.deviation, first[2])
+    assert sorted(path.suffix for path in folder.iterdir()) == [".npy", ".npz"]
+
+
+@pytest.mark.parametrize("changes", [{"average": 3}, {"normal": tiles(seed=1)}, {"normal": tiles()[:39]}])
+def test_other_tiles_and_other_settings_are_other_features(tmp_path, looked, changes):
+    kept_features(tmp_path)
+    looked.clear()
+    kept_features(tmp_path, **changes)
+    assert sum(looked) >= 39
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_damaged_features_are_computed_again(tmp_path, looked, suffix):
+    first = kept_features(tmp_path)
+    next(tmp_path.glob(f"*{suffix}")).write_bytes(b"damaged")
+    looked.clear()
+    np.testing.assert_array_equal(kept_features(tmp_path)[0], first[0])
+    assert sum(looked) >= 40
+
+
+def test_nothing_half_written_stays(tmp_path, monkeypatch):
+    def stop(self, grids):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blemish.models.feature_cache._Moments.add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        kept_features(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_to_learn_from_and_features_too_large_are_one_sentence():

