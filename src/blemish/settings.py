@@ -212,7 +212,9 @@ def _explain(verb: str, word: str, message: str, defaults: dict[str, Any]) -> st
     key, _, value = word.lstrip("+~").partition("=")
     options = _options(key)
     if options and value not in options:
-        return f"There is no {key} '{value}': {nearest_names(value, options)} ({key} is one of {', '.join(options)})"
+        suggested = nearest_names(value, options)
+        others = "" if suggested.startswith("known") else f" ({key} is one of {', '.join(options)})"
+        return f"There is no {key} '{value}': {suggested}{others}"
     if key not in known:
         return f"blemish {verb} has no setting '{key}': {nearest_names(key, known)}"
     return f"The setting '{word}' cannot be used: {message.splitlines()[0].strip()}"
