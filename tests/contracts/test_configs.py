@@ -49,13 +49,29 @@ def test_every_folder_of_options_is_covered():
 def test_option_composes_and_fits_its_target(settings, group, option):
     verb = "diff" if group == "strategy" else "train"
     composed = settings(f"{group}={option}", "image.channels=1", verb=verb)
-    text = (config_folder() / group / f"{option}.yaml").read_text("utf-8")
-    content = yaml.safe_load(text)
-    own = content[group] if text.startswith("# @package _global_") else content  # settings of other groups, too
-    placed = [key.partition("@")[2] for part in content.get("defaults", ()) if part != "_self_" for key in part]
-    assert composed[group].keys() == {*own, *(place for place in placed if place)} - {"defaults"}
+    own = written(group, option)
+    assert composed[group].keys() == own.keys()
     assert composed[group].get("_target_") == own.get("_target_")
     assert_fits(composed)
+
+
+def written(group, option):
+    """The settings in an option's file, and in the file that it begins with, if there is one."""
+    text = (config_folder() / group / f"{option}.yaml").read_text("utf-8")
+    content = yaml.safe_load(text)
+    own = dict(content[group] if text.startswith("# @package _global_") else content)  # settings of other groups, too
+    for part in own.pop("defaults", ()):
+        if isinstance(part, dict):  # an option of another group, or of this one, inside
+            own |= {key.partition("@")[2]: None for key in part if "@" in key}
+        elif part != "_self_":
+            own = written(group, part) | own
+    return own
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "model"])
+def test_another_score_than_the_models_own_can_be_chosen(settings, option):
+    chosen = settings(f"model={option}", "score=residual", "image.channels=1")["score"]
+    assert chosen.keys() == settings("score=residual", "image.channels=1")["score"].keys()
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "residual"])
