@@ -87,14 +87,12 @@ def combine(
     write_text(out / CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
     write_splits(out / SPLITS_FILE, splits)
     seen = [trained_on(held_out), *(content["about"] for content in contents)]
-    save_ensemble(
-        out,
-        ensemble,
-        contents,
-        about | all_trained_on(seen),
-    )
+    save_ensemble(out, ensemble, contents, about | all_trained_on(seen))
     write_json(out / RUN_FILE, about)
-    return pipeline.measure(out, ensemble, splits, settings["synthetic"]["images"], settings["report"]["images"])
+    try:
+        return pipeline.measure(out, ensemble, splits, settings["synthetic"]["images"], settings["report"]["images"])
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; it is calibrated: `blemish evaluate run={out}` measures it") from None
 
 
 def _without_fitted(

@@ -128,7 +128,8 @@ def _ensemble(config: Any, overrides: list[str]) -> int:
     runs = [Path(str(run)) for run in (given if OmegaConf.is_list(given) else [given])]
     check_number(len(runs))
     out = Path(config.out) if config.out is not None else dated("runs")
-    _check_new(out)
+    there = (out / DETECTOR_FILE).is_file()  # a killed one may lack its figures
+    _check_new(out, f", or measure the ensemble that is there by `blemish evaluate run={out}`" if there else "")
     other_data = not OmegaConf.is_missing(config.data, "root")
     if other_data:
         config.data.root = str(Path(config.data.root).expanduser().absolute())

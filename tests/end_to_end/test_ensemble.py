@@ -122,6 +122,23 @@ def test_other_join_other_promise(both, run_cli, tiny_run, other_run, tmp_path):
         load_detector(out)
 
 
+def test_a_kill_loses_the_figures_alone(run_cli, tiny_run, other_run, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    words = ["ensemble", f"runs=[{tiny_run},{other_run}]", f"out={out}", "calibration.alpha=0.1", "report.images=0"]
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("blemish.pipeline.measure", stop)
+        result = run_cli(words)
+    assert result.code == 130 and f"`blemish evaluate run={out}` measures it" in result.sentences[0]
+    again = run_cli(words)
+    assert again.code == 2 and f"`blemish evaluate run={out}`" in again.sentences[0]
+    assert run_cli(["evaluate", f"run={out}", "report.images=0"]).code == 0
+    assert json.loads((out / "metrics.json").read_text())["overall"]["image_auroc"] > 0.4
+
+
 def test_an_ensemble_joins_another_on_other_images(both, run_cli, tiny_run, save, texture, tmp_path):
     for number in range(24):
         save(tmp_path / f"new/{number:02d}.png", texture(5000 + number))
