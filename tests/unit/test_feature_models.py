@@ -17,6 +17,7 @@ from blemish.models.feature_ae import FeatureAutoencoder
 from blemish.models.feature_cache import cached
 from blemish.models.gaussian import GlobalGaussian, PlaceGaussian
 from blemish.models.nearest import NearestFeature, greedy_coreset, nearest
+from blemish.models.place_nearest import PlaceNearest
 from blemish.residuals import L1, L2, SSIM, WeightedSum
 from blemish.scores.contracts import compared, residual_tile
 from blemish.scores.gradient import InputGradientScore
@@ -357,6 +358,29 @@ def test_place_gaussian_is_mahalanobis_at_each_place():
         for number in range(2):
             wanted = mahalanobis(new[number, row, column], seen.mean(axis=0), inverse) ** 2
             assert residual[number, 0, row, column].item() == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize("limit", [2**24, 5000])
+def test_place_nearest_is_that_of_brute_force_at_each_place(monkeypatch, limit):
+    monkeypatch.setattr("blemish.models.place_nearest._MOST_VALUES", limit)
+    model = fitted(PlaceNearest, SIZE, bank=40, projection="none", dimensions=None, shrinkage=0.05)
+    normal, new = (standardised(model, x) for x in (tiles(), tiles(2, 8)))
+    residual = L2()(*model(tiles(2, 8))[:2]) * FEATURES
+    for row, column in ((0, 0), (3, 5), (7, 2)):
+        seen = normal[:, row, column]
+        inverse = np.linalg.inv(np.cov(seen.T) + 0.05 * np.eye(FEATURES))
+        wanted = cdist(new[:, row, column], seen, "mahalanobis", VI=inverse).min(axis=1) ** 2
+        np.testing.assert_allclose(residual[:, 0, row, column], wanted, rtol=0.05, atol=0.01)
+    # What is remembered is expected exactly, but for float16.
+    assert L2()(*model(tiles()[:3])[:2]).max() < 1e-4
+
+
+def test_a_bank_of_places_is_full_whatever_there_is():
+    for count, bank in ((40, 7), (3, 7), (1, 2)):
+        model = fitted(PlaceNearest, SIZE, bank=bank, projection="none", dimensions=None, normal=tiles(count))
+        assert model.bank.shape == (SIDE * SIDE, bank, FEATURES)
+        own = L2()(*model(tiles(count))[:2]).amax(dim=(1, 2, 3))
+        assert int((own < 1e-3).sum()) == min(count, bank)
 
 
 def test_global_gaussian_is_mahalanobis_everywhere():
