@@ -362,7 +362,8 @@ def test_place_gaussian_is_mahalanobis_at_each_place():
 
 @pytest.mark.parametrize("limit", [2**24, 5000])
 def test_place_nearest_is_that_of_brute_force_at_each_place(monkeypatch, limit):
-    monkeypatch.setattr("blemish.models.place_nearest._MOST_VALUES", limit)
+    for name in ("_MOST_VALUES", "_IN_CACHE"):
+        monkeypatch.setattr(f"blemish.models.place_nearest.{name}", limit)
     model = fitted(PlaceNearest, SIZE, bank=40, projection="none", dimensions=None, shrinkage=0.05)
     normal, new = (standardised(model, x) for x in (tiles(), tiles(2, 8)))
     residual = L2()(*model(tiles(2, 8))[:2]) * FEATURES
