@@ -64,7 +64,7 @@ class Output(NamedTuple):
     """Observed against expected.
 
     observed, expected: (B, D, h, w); for models in pixel space D = C and h, w are the tile's. While it trains, an
-        `Observing` model, which is compared with what is observed of clean tiles, may give what it expects as both.
+        `Observing` model, which is compared with what is observed of clean tiles, may give zeros as observed.
     latents: the levels of the code's distribution, for models that have one.
     penalty: a scalar >= 0 that the model wants minimised beside the residual, for models that have one.
     repaired: (B, 1, H, W) logits of the model's own belief that it repaired a pixel, for models that have one.

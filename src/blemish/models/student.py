@@ -61,7 +61,7 @@ class Student(TrainedInFeatureSpace):
         """(B, C, H, W) in [0, 1] -> observed and expected (B, D, h, w).
 
         In training the teacher need not look at the corrupted tile, which is half of the time: nothing is observed, and
-        what is expected stands in its place.
+        zeros, the mean of normal features, stand in its place.
         """
         check_tile(x.shape[-2], x.shape[-1], self.depth)
         observed = None if self.training else self.observe(x)
@@ -69,7 +69,7 @@ class Student(TrainedInFeatureSpace):
         grid = self._grid(x) if observed is None else observed.shape[-2:]
         if expected.shape[-2:] != grid:
             expected = F.interpolate(expected, grid, mode="bilinear", align_corners=False)
-        return Output(expected if observed is None else observed, expected)
+        return Output(torch.zeros_like(expected) if observed is None else observed, expected)
 
     def _grid(self, x: Tensor) -> torch.Size:
         """Height and width of the teacher's grid, which it is asked for once for each size of tiles."""
