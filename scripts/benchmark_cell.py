@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,6 @@ def measure(run: Path) -> dict[str, Any]:
 
 def numbers_of(*parts: Any) -> int:
     """All that a detector is made of: parameters, frozen weights, and what was learned without gradients."""
-    from itertools import chain
-
     tensors = {
         id(tensor): tensor.numel()
         for part in parts

@@ -105,7 +105,7 @@ def test_cache_is_bounded_and_says_so():
         cached(counting, tiles().split(7), 10.5 * bytes_of_one / 2**30, torch.device("cpu")) as cache,
     ):
         assert cache.tiles == 10 and sum(asked) == 1 + 10
-        assert Path(cache.values.filename).stat().st_size == 10 * 768 + 128, "and a header"
+        assert Path(cache.values.filename).stat().st_size == 10 * bytes_of_one + 128, "and a header"
         ends = backbone(tiles()[[0, -1]]).permute(0, 2, 3, 1)
         np.testing.assert_allclose(cache.values[[0, -1]], ends, atol=1e-3)
 
