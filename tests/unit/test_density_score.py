@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.distance import mahalanobis
+from scipy.spatial.distance import cdist, mahalanobis
 from torch import nn
 
 from blemish.errors import ConfigError
@@ -64,7 +64,7 @@ def grid_by_hand(x):
 
 
 def test_it_is_scipys_mahalanobis_distance_at_each_place():
-    score = learned(dimensions=3, shrinkage=0.02)
+    score = learned(dimensions=3, shrinkage=0.02, bank=0)
     assert isinstance(score, LearningScore)
     assert score.projection.shape == (3, 5) and score.centre.shape == (4, 4, 3)
     projection = score.projection.double().numpy()
@@ -76,6 +76,22 @@ def test_it_is_scipys_mahalanobis_distance_at_each_place():
         for number in range(2):
             wanted = mahalanobis(new[number, row, column], seen.mean(axis=0), inverse) / 3**0.5
             assert float(found[number, row, column]) == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize("kept", [500, 40, 9])
+def test_with_a_bank_it_is_the_distance_to_the_nearest_of_it(kept):
+    score = learned(dimensions=3, shrinkage=0.02, bank=kept)
+    assert score.bank.shape == (16, min(kept, 40), 3)
+    projection = score.projection.double().numpy()
+    normal, new = (grid_by_hand(x) @ projection.T for x in (tiles(), tiles(2, 1)))
+    remembered = normal[np.linspace(0, 39, min(kept, 40)).round().astype(int)]
+    found = places(score, tiles(2, 1))
+    for row, column in ((0, 0), (1, 3), (3, 2)):
+        inverse = np.linalg.inv(np.cov(normal[:, row, column].T) + 0.02 * np.eye(3))
+        wanted = cdist(new[:, row, column], remembered[:, row, column], "mahalanobis", VI=inverse).min(axis=1) / 3**0.5
+        np.testing.assert_allclose(found[:, row, column], wanted, rtol=0.02, atol=0.02)
+    known = score(Showing(), tiles()[[0, 39]])  # the first and the last are always remembered
+    assert float(known.max()) < 0.05
 
 
 def places(score, x):
@@ -117,7 +133,7 @@ def test_the_finest_layer_is_the_finest_grid():
     torch.manual_seed(0)
     model = RepairAutoencoder(width=4, depth=2).eval()
     score = learned(model, stride=1)
-    assert score.centre.shape == (SIDE // 2, SIDE // 2, 20)  # two levels, and twice the width before the mask
+    assert score.centre.shape == (SIDE // 2, SIDE // 2, 12)  # a level, and twice the width before the mask
 
 
 def test_another_score_speaks_while_it_has_nothing_to_say():
@@ -199,6 +215,8 @@ def test_the_same_seed_learns_the_same():
         ({"stride": 0}, r"score\.stride to be a positive whole number, found 0"),
         ({"dimensions": 1.5}, r"score\.dimensions to be a positive whole number"),
         ({"shrinkage": 0}, r"score\.shrinkage > 0"),
+        ({"bank": -1}, r"score\.bank to be a whole number, or 0 for none, found -1"),
+        ({"bank": 2.5}, r"score\.bank to be a whole number"),
         ({"cache_gb": -1}, r"score\.cache_gb > 0"),
         ({"quantile": 1}, r"score\.quantile between 0\.5 and 1"),
     ],

@@ -363,7 +363,7 @@ def test_place_gaussian_is_mahalanobis_at_each_place():
 @pytest.mark.parametrize("limit", [2**24, 5000])
 def test_place_nearest_is_that_of_brute_force_at_each_place(monkeypatch, limit):
     for name in ("_MOST_VALUES", "_IN_CACHE"):
-        monkeypatch.setattr(f"blemish.models.place_nearest.{name}", limit)
+        monkeypatch.setattr(f"blemish.models.places.{name}", limit)
     model = fitted(PlaceNearest, SIZE, bank=40, projection="none", dimensions=None, shrinkage=0.05)
     normal, new = (standardised(model, x) for x in (tiles(), tiles(2, 8)))
     residual = L2()(*model(tiles(2, 8))[:2]) * FEATURES
@@ -397,7 +397,7 @@ def test_global_gaussian_is_mahalanobis_everywhere():
 def test_one_place_after_another_gives_the_same(monkeypatch):
     at_once = fitted(PlaceGaussian, SIZE, projection="none", dimensions=None)
     everywhere = fitted(GlobalGaussian)
-    for module in ("gaussian", "features"):
+    for module in ("places", "features"):
         monkeypatch.setattr(f"blemish.models.{module}._MOST_VALUES", 40 * FEATURES * 3)
     for whole, parted in (
         (at_once, fitted(PlaceGaussian, SIZE, projection="none", dimensions=None)),

@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blemish.errors import ConfigError
 from blemish.models.arguments import check_positive
 from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
-
-_MOST_VALUES = 2**24  # of what is read or inverted at once
-
-
-def whitener(covariance: Tensor, shrinkage: float) -> Tensor:
-    """(..., D, D) -> W of the same shape, float32, W^T W the inverse of covariance + shrinkage * identity."""
-    d = covariance.shape[-1]
-    identity = torch.eye(d, dtype=torch.float64, device=covariance.device)
-    lower = torch.linalg.cholesky(covariance.double() + shrinkage * identity)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-    return inverse.float()
-
-
-def gaussians_of_places(
-    cache: FeatureCache, prepared: Callable[[Tensor], Tensor], dimensions: int, shrinkage: float
-) -> tuple[Tensor, Tensor]:
-    """Mean (places, D) and whitening matrix (places, D, D) of normal tiles' features at each place, float32.
-
-    prepared: from features (N, places, K), as the cache holds them, to those that are judged, (N, places, D).
-    """
-    count = cache.values.shape[1] * cache.values.shape[2]
-    centre, whitening = torch.empty(count, dimensions), torch.empty(count, dimensions, dimensions)
-    step = max(1, _MOST_VALUES // max(cache.tiles * cache.values.shape[3], dimensions**2))
-    for first in tqdm(range(0, count, step), "covariances", unit="part", leave=False):
-        features = prepared(cache.places(first, first + step)).transpose(0, 1)  # (places, N, D)
-        middle = features.mean(dim=1)
-        apart = features - middle[:, None]
-        covariance = apart.transpose(1, 2) @ apart / max(1, cache.tiles - 1)
-        centre[first : first + step] = middle
-        whitening[first : first + step] = whitener(covariance, shrinkage)
-    return centre, whitening
+from blemish.models.places import gaussians_of_places, whitener
 
 
 class _Whitened(FeatureModel):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blemish.models.arguments import check_counts
 from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.gaussian import PlaceGaussian
-
-_MOST_VALUES = 2**24  # of normal features that are whitened at once
-_IN_CACHE = 2**20  # values of banks compared at once, which a CPU's cache holds as float32: 9 times as fast
+from blemish.models.places import banks_of_places, nearest_of_places
 
 
 class PlaceNearest(PlaceGaussian):
@@ -56,32 +53,13 @@ class PlaceNearest(PlaceGaussian):
     def learn(self, cache: FeatureCache) -> None:
         super().learn(cache)
         places, size, d = self.bank.shape
-        kept = torch.linspace(0, cache.tiles - 1, size).round().long()
-        centre, whitening = self.centre.reshape(places, 1, d), self.whitening.reshape(places, d, d)
-        step = max(1, _MOST_VALUES // (max(cache.tiles, size) * len(self.mean)))
-        for first in tqdm(range(0, places, step), "bank", unit="part", leave=False):
-            part = slice(first, first + step)
-            features = self.prepared(cache.places(first, first + step)[kept]).transpose(0, 1)  # (places, bank, D)
-            self.bank[part] = (features - centre[part]) @ whitening[part].transpose(1, 2)
-            self.lengths[part] = self.bank[part].float().square().sum(dim=2)
+        bank, lengths = banks_of_places(
+            cache, self.prepared, self.centre.reshape(places, d), self.whitening.reshape(places, d, d), size
+        )
+        self.bank.copy_(bank)
+        self.lengths.copy_(lengths)
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         seen, mean = super().expect(observed)
         apart = seen - mean
-        places = apart.flatten(2).permute(2, 0, 1)  # (places, B, D)
-        if torch.compiler.is_compiling():  # a graph with a number of parts would be one for a number of tiles
-            found = _nearest(places, self.bank, self.lengths)
-        else:
-            step = max(1, _IN_CACHE // (self.bank.shape[1] * (self.dimensions + len(apart))))
-            parts = zip(*(torch.split(each, step) for each in (places, self.bank, self.lengths)), strict=True)
-            found = torch.cat([_nearest(*part) for part in parts])
-        return apart, found.permute(1, 2, 0).reshape(apart.shape)
-
-
-def _nearest(queries: Tensor, bank: Tensor, lengths: Tensor) -> Tensor:
-    """The nearest of `bank` (P, N, D), of squared `lengths` (P, N), to each of `queries` (P, B, D): (P, B, D)."""
-    bank = bank.float()
-    # A query's own length is the same for all of the bank.
-    distances = lengths[:, None] - 2 * queries @ bank.transpose(1, 2)
-    found = distances.argmin(dim=2)[..., None].expand(-1, -1, bank.shape[2])
-    return bank.gather(1, found)
+        return apart, nearest_of_places(apart, self.bank, self.lengths)

@@ -80,18 +80,22 @@ class RepairAutoencoder(nn.Module):
             nn.init.constant_(self.mask.bias, -3.0)  # few pixels are corrupted
 
     def forward(self, x: Tensor) -> Output:
-        """(B, C, H, W) in [0, 1] -> observed = x and expected, both (B, C, H, W), and the repaired logits."""
+        """(B, C, H, W) in [0, 1] -> observed = x and expected, both (B, C, H, W), and the repaired logits.
+
+        Shown as activations: the encoder's levels but the last, and what the mask is made of, if there is one.
+        """
         check_tile(x.shape[-2], x.shape[-1], self.depth)
         features, expected = self.repair(x)
+        shown = tuple(features[:-1])  # the bottleneck's many channels would drown what is seen of small places
         if self.mask_decoder is None:
-            return Output(x, expected, activations=tuple(features))
+            return Output(x, expected, activations=shown)
         # The mask must not make the picture worse: no gradient from one to the other.
         difference = (x - expected).detach()
         pixels = F.pixel_unshuffle(torch.cat([difference, difference.abs()], 1), 2)
         searched = self.mask_decoder(features)
         evidence = self.compare(torch.cat([searched, pixels], 1))
         repaired = F.pixel_shuffle(self.mask(evidence), 2)
-        return Output(x, expected, repaired=repaired, activations=(*features, searched, evidence))
+        return Output(x, expected, repaired=repaired, activations=(*shown, searched, evidence))
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> the bottleneck's features (B, D, H / 2^depth, W / 2^depth)."""

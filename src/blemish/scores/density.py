@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError
 from blemish.models.feature_cache import cached
 from blemish.models.features import random_projection
-from blemish.models.gaussian import gaussians_of_places
+from blemish.models.places import banks_of_places, gaussians_of_places, nearest_of_places
 from blemish.scores.combinations import Remembering, check_quantile, quantile_of
 from blemish.scores.contracts import (
     ExplainedScore,
@@ -23,19 +23,21 @@ from blemish.scores.contracts import (
     explain,
 )
 
-_LEARNED = "projection", "centre", "whitening"  # their sizes follow from model and tiles
+_LEARNED = "projection", "centre", "whitening", "bank", "lengths"  # their sizes follow from model and tiles
 
 
 class DensityScore(ExplainedScore):
     """How far a model's activations at each place are from those of normal tiles there, times 1 + another score.
 
     A network that learned to repair has learned to see what is not normal: where its layers say something unusual,
-    something is, though it painted what was there. The distance is Mahalanobis's, / sqrt(D), less the median of normal
-    tiles, and not below 0. Where parts do not lie alike, places differ from image to image and the distance says less;
-    what the model repaired still says something, so it amplifies, in units of what normal tiles show.
+    something is, though it painted what was there. The distance is Mahalanobis's, / sqrt(D), to the nearest of what a
+    bank of normal tiles showed at that place, less the median of normal tiles, and not below 0. Where parts do not lie
+    alike, places differ from image to image and the distance says less; what the model repaired still says something,
+    so it amplifies, in units of what normal tiles show.
 
     Sources: Li et al., CutPaste (CVPR 2021), a density of the features of a network that was trained to tell synthetic
-    defects; Defard et al., PaDiM (arXiv 2011.08785), one normal distribution for each place, over random projections.
+    defects; Defard et al., PaDiM (arXiv 2011.08785), one normal distribution for each place, over random projections;
+    Roth et al., PatchCore (arXiv 2106.08265), the nearest of a bank.
 
     `learn` learns the distributions of training tiles, `fit` median and unit of held-out ones. Before that,
     while the model trains, and for models that show no activations, the other score stands alone.
@@ -45,6 +47,8 @@ class DensityScore(ExplainedScore):
         stride: pixels between two places, rounded to what the model's layers allow; not less than its finest layer has.
         dimensions: D, to which all layers together are projected at random, at most: a place costs 4 * D^2 bytes.
         shrinkage: added to the diagonal of the covariance, whose entries are about 1; > 0.
+        bank: how many training tiles each place remembers, evenly spread, or as many as there are, at 2 * D + 4 bytes
+            each; 0 takes the distance to the mean instead.
         quantile: of the other score over the pixels of normal tiles, which is its unit; between 0.5 and 1.
         cache_gb: largest size of the temporary file of activations, in GiB. seed: of the projection.
 
@@ -55,6 +59,8 @@ class DensityScore(ExplainedScore):
     projection: Tensor
     centre: Tensor
     whitening: Tensor
+    bank: Tensor
+    lengths: Tensor
     median: Tensor
     unit: Tensor
 
@@ -62,8 +68,9 @@ class DensityScore(ExplainedScore):
         self,
         other: nn.Module,
         stride: int = 4,
-        dimensions: int = 100,
-        shrinkage: float = 0.01,
+        dimensions: int = 50,
+        shrinkage: float = 0.1,
+        bank: int = 500,
         quantile: float = 0.999,
         cache_gb: float = 4.0,
         seed: int = 0,
@@ -72,8 +79,10 @@ class DensityScore(ExplainedScore):
         check_counts(stride=stride, dimensions=dimensions)
         check_positive(shrinkage=shrinkage, cache_gb=cache_gb)
         check_quantile(quantile)
+        if not isinstance(bank, int) or bank < 0:
+            raise ConfigError(f"Expected score.bank to be a whole number, or 0 for none, found {bank}.")
         self.other, self.stride, self.dimensions, self.shrinkage = other, stride, dimensions, shrinkage
-        self.quantile, self.cache_gb, self.seed = quantile, cache_gb, seed
+        self.most, self.quantile, self.cache_gb, self.seed = bank, quantile, cache_gb, seed
         for name in _LEARNED:
             self.register_buffer(name, torch.zeros(0))
         self.register_buffer("median", torch.zeros(()))
@@ -100,8 +109,10 @@ class DensityScore(ExplainedScore):
                 f"has {grid.shape[-2]} x {grid.shape[-1]}: score tiles of the size that was trained."
             )
         projected = torch.einsum("dk,bkhw->bhwd", self.projection, grid) - self.centre
-        distance = torch.einsum("hwij,bhwj->bhwi", self.whitening, projected).square().mean(dim=-1).sqrt()
-        return other, expected, enlarged(distance[:, None], x)
+        apart = torch.einsum("hwij,bhwj->bihw", self.whitening, projected)
+        if self.bank.numel():
+            apart = apart - nearest_of_places(apart, self.bank, self.lengths)
+        return other, expected, enlarged(apart.square().mean(dim=1, keepdim=True).sqrt(), x)
 
     @torch.no_grad()
     def fit(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -135,11 +146,15 @@ class DensityScore(ExplainedScore):
             count = len(cache.mean)
             dimensions = min(self.dimensions, count)
             projection = random_projection(dimensions, count, torch.Generator().manual_seed(self.seed)) / cache.unit
-            centre, whitening = gaussians_of_places(
-                cache, lambda features: (features - cache.mean) @ projection.T, dimensions, self.shrinkage
-            )
+
+            def prepared(features: Tensor) -> Tensor:
+                return (features - cache.mean) @ projection.T
+
+            centre, whitening = gaussians_of_places(cache, prepared, dimensions, self.shrinkage)
+            bank, lengths = banks_of_places(cache, prepared, centre, whitening, min(self.most, cache.tiles))
             height, width = cache.values.shape[1:3]
             self.projection = projection.to(self.centre)
+            self.bank, self.lengths = bank.to(self.centre.device), lengths.to(self.centre)
             self.whitening = whitening.view(height, width, dimensions, dimensions).to(self.centre)
             self.centre = (centre + projection @ cache.mean).view(height, width, dimensions).to(self.centre)
 
