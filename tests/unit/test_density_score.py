@@ -165,20 +165,37 @@ def test_the_other_score_learns_its_units_and_asks_no_second_time():
     assert model.asked == 1
 
 
-def test_what_exceeds_the_median_is_amplified_by_the_other_score_in_its_unit():
+def test_what_exceeds_the_median_is_amplified_by_the_largest_other_score_in_each_place():
     torch.manual_seed(0)
     model = RepairAutoencoder(width=4, depth=2).eval()
     normal, x = tiles(20, 1), tiles(3, 2)
     distance = learned(model)
     score = learned(model, other=RESIDUAL, quantile=0.99)
     score.fit(model, normal.split(6))
-    usual, residuals = distance(model, normal).flatten(), RESIDUAL(model, normal).flatten().sort().values
+
+    def largest(shown):
+        return RESIDUAL(model, shown).unfold(2, 4, 4).unfold(3, 4, 4).amax((4, 5))
+
+    usual, residuals = distance._ask(model, normal)[2].flatten(), largest(normal).flatten().sort().values
     torch.testing.assert_close(score.median, usual.sort().values[len(usual) // 2 - 1])
     torch.testing.assert_close(score.unit, residuals[round(0.99 * len(residuals)) - 1])
-    excess = (distance(model, x) - score.median).clamp(min=0)
+    excess = (distance._ask(model, x)[2] - score.median).clamp(min=0)
     assert 0.3 < float((excess == 0).float().mean()) < 0.7
-    torch.testing.assert_close(score(model, x), excess * (1 + RESIDUAL(model, x) / score.unit))
+    wanted = nn.functional.interpolate(excess * (1 + largest(x) / score.unit), (SIDE, SIDE), mode="bilinear")
+    torch.testing.assert_close(score(model, x), wanted)
     torch.testing.assert_close(score.explain(model, x)[1], model(x).expected)
+
+
+def test_places_that_do_not_divide_the_tile_are_amplified_too():
+    class Odd(Showing):
+        def forward(self, x):
+            output = super().forward(x)
+            return output._replace(activations=tuple(layer[..., :10, :10] for layer in output.activations[:1]))
+
+    score = learned(Odd(), other=RESIDUAL, stride=3)
+    assert SIDE % score.centre.shape[0]
+    score.fit(Odd(), [tiles()])
+    assert torch.isfinite(score(Odd(), tiles(2, 1))).all()
 
 
 def test_tiles_of_another_size_are_refused():

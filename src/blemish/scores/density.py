@@ -33,7 +33,7 @@ class DensityScore(ExplainedScore):
     something is, though it painted what was there. The distance is Mahalanobis's, / sqrt(D), to the nearest of what a
     bank of normal tiles showed at that place, less the median of normal tiles, and not below 0. Where parts do not lie
     alike, places differ from image to image and the distance says less; what the model repaired still says something,
-    so it amplifies, in units of what normal tiles show.
+    so the other score amplifies, at its largest in each place, in units of what normal tiles show.
 
     Sources: Li et al., CutPaste (CVPR 2021), a density of the features of a network that was trained to tell synthetic
     defects; Defard et al., PaDiM (arXiv 2011.08785), one normal distribution for each place, over random projections;
@@ -49,7 +49,7 @@ class DensityScore(ExplainedScore):
         shrinkage: added to the diagonal of the covariance, whose entries are about 1; > 0.
         bank: how many training tiles each place remembers, evenly spread, or as many as there are, at 2 * D + 4 bytes
             each; 0 takes the distance to the mean instead.
-        quantile: of the other score over the pixels of normal tiles, which is its unit; between 0.5 and 1.
+        quantile: of the other score over the places of normal tiles, which is its unit; between 0.5 and 1.
         cache_gb: largest size of the temporary file of activations, in GiB. seed: of the projection.
 
     Raises:
@@ -93,10 +93,13 @@ class DensityScore(ExplainedScore):
         other, expected, distance = self._ask(model, x)
         if distance is None:
             return other, expected
-        return (distance - self.median).clamp(min=0) * (1 + other / self.unit), expected
+        return enlarged((distance - self.median).clamp(min=0) * (1 + other / self.unit), x), expected
 
     def _ask(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The other score and what it expected; the distance, (B, 1, H, W), or None if there is none."""
+        """The other score and what it expected; the distance, or None if there is none.
+
+        Both are (B, 1, h, w), of places, the other score at its largest in each; alone it is (B, 1, H, W).
+        """
         model = Remembering(model)
         other, expected = explain(self.other, model, x)
         activations = model(x).activations
@@ -112,7 +115,8 @@ class DensityScore(ExplainedScore):
         apart = torch.einsum("hwij,bhwj->bihw", self.whitening, projected)
         if self.bank.numel():
             apart = apart - nearest_of_places(apart, self.bank, self.lengths)
-        return other, expected, enlarged(apart.square().mean(dim=1, keepdim=True).sqrt(), x)
+        # What was repaired shows at outlines, the distance inside them, too: pixel by pixel they would miss each other.
+        return _largest(other, grid.shape[-2:]), expected, apart.square().mean(dim=1, keepdim=True).sqrt()
 
     @torch.no_grad()
     def fit(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -178,3 +182,11 @@ class DensityScore(ExplainedScore):
             if (stored := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, torch.empty_like(stored, device=self.centre.device))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _largest(values: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, 1, H, W) -> (B, 1, h, w), the largest of each place."""
+    (height, width), (rows, columns) = values.shape[-2:], size
+    if height % rows or width % columns:
+        return F.adaptive_max_pool2d(values, (rows, columns))
+    return F.max_pool2d(values, (height // rows, width // columns))
