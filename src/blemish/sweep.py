@@ -208,6 +208,10 @@ class _Search:
             overrides = [f"{part.key}={_written(trial.params[part.key])}" for part in self._space]
             run = Run(str(trial.number), overrides)
             self._trials[run.run] = trial
+            known = self._table.runs.get(run.run)
+            if known is not None and known.overrides == overrides and known.status in ("done", "pruned"):
+                self.tell(known)  # a kill came between the table and the study
+                continue
             twin = self._table.finished_with(overrides)
             if twin is None:
                 return run

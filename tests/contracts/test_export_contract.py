@@ -180,6 +180,22 @@ def test_a_graph_that_holds_much_gets_fewer_tiles_at_once(monkeypatch):
     assert tiles_at_once(program, 32) == 1
 
 
+def test_what_does_not_grow_with_the_tiles_does_not_count(monkeypatch):
+    class Remembering(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("bank", torch.zeros(1000, 1000, dtype=torch.float16))
+
+        def forward(self, tiles):
+            return tiles + self.bank.float().max()
+
+    program = torch.export.export(
+        Remembering(), (torch.rand(2, 1, 8, 8),), dynamic_shapes={"tiles": {0: torch.export.Dim("b")}}
+    )
+    monkeypatch.setattr("blemish.export.graph._MOST_VALUES", 5 * 8 * 8)
+    assert tiles_at_once(program, 32) == 5
+
+
 def test_a_model_that_no_exporter_follows_is_refused_in_a_sentence(make):
     detector = make("conv_ae", "score=residual")
 

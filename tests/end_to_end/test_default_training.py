@@ -68,7 +68,7 @@ def test_score_has_learned_of_standardised_training_and_validation_tiles(default
     score.learn(model, shown_to_the_score(default_run, tiny_data, detector, "train"))
     score.fit(model, shown_to_the_score(default_run, tiny_data, detector, "validation"))
     again = score.state_dict()
-    assert state["centre"].shape == (8, 8, 20) and state["other.scale"].shape == (2,)
+    assert state["centre"].shape == (8, 8, 12) and state["bank"].shape[1] == 140 and state["other.scale"].shape == (2,)
     assert state.keys() == again.keys()
     for name in ("projection", "centre", "median", "unit", "other.location", "other.scale"):
         torch.testing.assert_close(state[name], again[name].cpu(), rtol=1e-2, atol=1e-3)
@@ -103,6 +103,14 @@ def test_saved_run_predicts_from_the_command_line(default_run, tiny_data, run_cl
     detector = load_detector(default_run)
     for line in lines:
         assert line["image_score"] == pytest.approx(detector(line["path"]).image_score, rel=1e-3)
+
+
+def test_maps_of_training_images_that_are_remembered_normalise_nothing(tiny_data, run_cli):
+    command = ["train", "data=mvtec", f"data.root={tiny_data}", "out=run", *SMALL, "image.size=32"]
+    command += ["normalisation.kind=robust", "normalisation.source=train"]
+    refused = run_cli(command)
+    assert refused.code == 2 and "DensityScore remembers them, so that their score maps are almost 0" in refused.err
+    assert run_cli([*command, "score.bank=0"]).code == 0
 
 
 @pytest.mark.slow

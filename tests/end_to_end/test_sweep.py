@@ -162,6 +162,17 @@ def test_a_killed_search_asks_what_an_uninterrupted_one_asks():
         assert study.execute("select count(*) from trials where state = 'COMPLETE'").fetchone() == (5,)
 
 
+def test_a_kill_between_the_table_and_the_study_loses_no_run():
+    pytest.importorskip("optuna")
+    run_sweep("whole", LINE, **SEARCH)
+    run_sweep("out", LINE, **SEARCH | {"trials": 2})
+    with sqlite3.connect("out/study.db") as study:  # as if the second run had been written to the table alone
+        study.execute("delete from trial_values where trial_id = 2")
+        study.execute("update trials set state = 'RUNNING', datetime_complete = null where trial_id = 2")
+    run_sweep("out", LINE, **SEARCH)
+    assert table("out") == table("whole") and calls("out", 1) == ["started"]
+
+
 def test_finished_search_goes_on_with_more_trials():
     pytest.importorskip("optuna")
     run_sweep("out", LINE, sampler="tpe", trials=2)

@@ -376,12 +376,21 @@ def test_place_nearest_is_that_of_brute_force_at_each_place(monkeypatch, limit):
     assert L2()(*model(tiles()[:3])[:2]).max() < 1e-4
 
 
-def test_a_bank_of_places_is_full_whatever_there_is():
+def test_a_bank_of_places_holds_no_more_than_there_is():
     for count, bank in ((40, 7), (3, 7), (1, 2)):
-        model = fitted(PlaceNearest, SIZE, bank=bank, projection="none", dimensions=None, normal=tiles(count))
-        assert model.bank.shape == (SIDE * SIDE, bank, FEATURES)
+        options = {"bank": bank, "projection": "none", "dimensions": None}
+        model = fitted(PlaceNearest, SIZE, normal=tiles(count), **options)
+        assert model.bank.shape == (SIDE * SIDE, min(count, bank), FEATURES)
         own = L2()(*model(tiles(count))[:2]).amax(dim=(1, 2, 3))
         assert int((own < 1e-3).sum()) == min(count, bank)
+        fresh = PlaceNearest(model.backbone, SIZE, **options)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(fresh(tiles(2, 8)).expected, model(tiles(2, 8)).expected)
+
+
+def test_a_covariance_of_fewer_tiles_than_features_takes_little_shrinkage():
+    model = fitted(PlaceGaussian, SIZE, projection="none", dimensions=None, shrinkage=1e-9, normal=tiles(2))
+    assert torch.isfinite(L2()(*model(tiles(2, 8))[:2])).all()
 
 
 def test_global_gaussian_is_mahalanobis_everywhere():

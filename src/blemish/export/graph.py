@@ -116,7 +116,9 @@ def tiles_at_once(program: ExportedProgram, most: int) -> int:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(tensor, Tensor) and node.op == "call_function":
+            if not isinstance(tensor, Tensor) or node.op != "call_function":
+                continue
+            if not all(isinstance(side, int) for side in tensor.shape):  # else it does not grow with the tiles
                 largest = max(largest, math.prod(_hint(side) for side in tensor.shape))
     return max(1, min(most, _MOST_VALUES * _EXAMPLES // largest))
 

@@ -219,6 +219,16 @@ class Adversarial(Protocol):
         """What all but the discriminator minimise beside the objective: a scalar, weighted."""
 
 
+def remembering(parts: Iterable[object]) -> str | None:
+    """The name of a part of a model or of a score that keeps what single training tiles showed, and so finds nothing in
+    them: its class says `remembers_tiles`. None if there is none."""
+    for part in parts:
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if getattr(module, "remembers_tiles", False):
+                return type(module).__name__
+    return None
+
+
 def observed_by(model: nn.Module, x: Tensor) -> Tensor:
     """What a model is trained to expect of defect-free tiles: pixels, unless it is `Observing`."""
     return model.observe(x) if isinstance(model, Observing) else x

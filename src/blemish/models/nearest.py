@@ -35,6 +35,7 @@ class NearestFeature(FeatureModel):
         ConfigError: an argument is out of range.
     """
 
+    remembers_tiles = True
     bank: Tensor
 
     def __init__(

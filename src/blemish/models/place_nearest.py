@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from blemish.models.arguments import check_counts
 from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.gaussian import PlaceGaussian
-from blemish.models.places import banks_of_places, nearest_of_places
+from blemish.models.places import banks_of_places, nearest_of_places, take_sizes
 
 
 class PlaceNearest(PlaceGaussian):
@@ -23,13 +26,14 @@ class PlaceNearest(PlaceGaussian):
     Args:
         backbone, size, projection, dimensions, cache_gb, seed: those of `PlaceGaussian`.
         shrinkage: as there; the larger it is, the more distances are those of the features as they are.
-        bank: how many normal tiles each place remembers, evenly spread; where there are fewer, some are kept twice. A
-            place costs 2 * bank * (D + 2) bytes beside 4 * D^2.
+        bank: how many normal tiles each place remembers, evenly spread, or as many as there are. A place costs
+            2 * bank * (D + 2) bytes beside 4 * D^2.
 
     Raises:
         ConfigError: an argument is out of range, or (in `forward`) the tile has another size.
     """
 
+    remembers_tiles = True
     bank: Tensor
     lengths: Tensor
 
@@ -46,20 +50,22 @@ class PlaceNearest(PlaceGaussian):
     ) -> None:
         super().__init__(backbone, size, shrinkage, projection, dimensions, cache_gb, seed)
         check_counts(bank=bank)
+        self.most = bank
         places = self.centre.shape[0] * self.centre.shape[1]
-        self.register_buffer("bank", torch.zeros(places, bank, self.dimensions, dtype=torch.float16))
-        self.register_buffer("lengths", torch.zeros(places, bank))  # squared, of what is in the bank
+        self.register_buffer("bank", torch.zeros(places, 1, self.dimensions, dtype=torch.float16))
+        self.register_buffer("lengths", torch.zeros(places, 1))  # squared, of what is in the bank
 
     def learn(self, cache: FeatureCache) -> None:
         super().learn(cache)
-        places, size, d = self.bank.shape
-        bank, lengths = banks_of_places(
-            cache, self.prepared, self.centre.reshape(places, d), self.whitening.reshape(places, d, d), size
-        )
-        self.bank.copy_(bank)
-        self.lengths.copy_(lengths)
+        d = self.dimensions
+        centre, whitening = self.centre.reshape(-1, d), self.whitening.reshape(-1, d, d)
+        self.bank, self.lengths = banks_of_places(cache, self.prepared, centre, whitening, min(self.most, cache.tiles))
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         seen, mean = super().expect(observed)
         apart = seen - mean
         return apart, nearest_of_places(apart, self.bank, self.lengths)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        take_sizes(self, ("bank", "lengths"), state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from blemish.models.feature_cache import FeatureCache
@@ -36,7 +37,7 @@ def gaussians_of_places(
     for first in tqdm(range(0, count, step), "covariances", unit="part", leave=False):
         features = prepared(cache.places(first, first + step)).transpose(0, 1)  # (places, N, D)
         middle = features.mean(dim=1)
-        apart = features - middle[:, None]
+        apart = (features - middle[:, None]).double()  # so that a small shrinkage is not lost in rounding
         covariance = apart.transpose(1, 2) @ apart / max(1, cache.tiles - 1)
         centre[first : first + step] = middle
         whitening[first : first + step] = whitener(covariance, shrinkage)
@@ -51,19 +52,26 @@ def banks_of_places(
 
     Args:
         cache, prepared: as for `gaussians_of_places`, of which `centre` and `whitening` come.
-        size: where there are fewer tiles, some are kept twice.
+        size: at most `cache.tiles`.
     """
     places, dimensions = centre.shape
     bank = torch.empty(places, size, dimensions, dtype=torch.float16, device=centre.device)
     lengths = torch.empty(places, size, device=centre.device)
     kept = torch.linspace(0, cache.tiles - 1, size).round().long()
-    step = max(1, _MOST_VALUES // (max(cache.tiles, size) * cache.values.shape[3]))
+    step = max(1, _MOST_VALUES // (cache.tiles * cache.values.shape[3]))
     for first in tqdm(range(0, places, step), "bank", unit="part", leave=False):
         part = slice(first, first + step)
         features = prepared(cache.places(first, first + step)[kept]).transpose(0, 1)  # (places, size, D)
         bank[part] = (features.to(centre) - centre[part, None]) @ whitening[part].transpose(1, 2)
         lengths[part] = bank[part].float().square().sum(dim=2)
     return bank, lengths
+
+
+def take_sizes(module: nn.Module, names: Iterable[str], state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Before a state is loaded: buffers whose sizes follow from what was learned get those of the stored ones."""
+    for name in names:
+        if (stored := state_dict.get(prefix + name)) is not None:
+            setattr(module, name, torch.empty_like(stored, device=getattr(module, name).device))
 
 
 def nearest_of_places(apart: Tensor, bank: Tensor, lengths: Tensor) -> Tensor:

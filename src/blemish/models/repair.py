@@ -86,7 +86,8 @@ class RepairAutoencoder(nn.Module):
         """
         check_tile(x.shape[-2], x.shape[-1], self.depth)
         features, expected = self.repair(x)
-        shown = tuple(features[:-1])  # the bottleneck's many channels would drown what is seen of small places
+        # The bottleneck's many channels would drown what small places show.
+        shown = tuple(features[:-1] or features)
         if self.mask_decoder is None:
             return Output(x, expected, activations=shown)
         # The mask must not make the picture worse: no gradient from one to the other.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError
 from blemish.models.feature_cache import cached
 from blemish.models.features import random_projection
-from blemish.models.places import banks_of_places, gaussians_of_places, nearest_of_places
+from blemish.models.places import banks_of_places, gaussians_of_places, nearest_of_places, take_sizes
 from blemish.scores.combinations import Remembering, check_quantile, quantile_of
 from blemish.scores.contracts import (
     ExplainedScore,
@@ -83,6 +83,7 @@ class DensityScore(ExplainedScore):
             raise ConfigError(f"Expected score.bank to be a whole number, or 0 for none, found {bank}.")
         self.other, self.stride, self.dimensions, self.shrinkage = other, stride, dimensions, shrinkage
         self.most, self.quantile, self.cache_gb, self.seed = bank, quantile, cache_gb, seed
+        self.remembers_tiles = bank > 0
         for name in _LEARNED:
             self.register_buffer(name, torch.zeros(0))
         self.register_buffer("median", torch.zeros(()))
@@ -155,7 +156,9 @@ class DensityScore(ExplainedScore):
                 return (features - cache.mean) @ projection.T
 
             centre, whitening = gaussians_of_places(cache, prepared, dimensions, self.shrinkage)
-            bank, lengths = banks_of_places(cache, prepared, centre, whitening, min(self.most, cache.tiles))
+            bank, lengths = torch.zeros(0), torch.zeros(0)
+            if self.most:
+                bank, lengths = banks_of_places(cache, prepared, centre, whitening, min(self.most, cache.tiles))
             height, width = cache.values.shape[1:3]
             self.projection = projection.to(self.centre)
             self.bank, self.lengths = bank.to(self.centre.device), lengths.to(self.centre)
@@ -178,9 +181,7 @@ class DensityScore(ExplainedScore):
         return torch.cat(layers, dim=1)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        for name in _LEARNED:
-            if (stored := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, torch.empty_like(stored, device=self.centre.device))
+        take_sizes(self, _LEARNED, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 

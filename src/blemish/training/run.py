@@ -36,7 +36,15 @@ from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
-from blemish.models.contracts import Contrasting, Fittable, Needing, Preparing, classes_of, parts_of_other_runs
+from blemish.models.contracts import (
+    Contrasting,
+    Fittable,
+    Needing,
+    Preparing,
+    classes_of,
+    parts_of_other_runs,
+    remembering,
+)
 from blemish.normalisation import NormalisationSettings
 from blemish.pipeline import Finished
 from blemish.preprocess import Preprocess
@@ -175,6 +183,8 @@ class _Parts:
             check_one_loss(model, "training.batch_size=auto", "set a number")
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
         assemble(settings, model)  # what prediction would refuse is refused now
+        if normalisation.kind != "none" and normalisation.source == "train":
+            _check_forgetful(model, score, torch.zeros(1, preprocess.channels, tiling.size, tiling.size))
         promise, _ = read_settings(settings["calibration"])
         calibrating = splits.of("calibration")
         pipeline.check_classes_told(promise, classes_of(model), len(calibrating))
@@ -292,6 +302,17 @@ def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
     if splits.dropped:
         print(f"left out: {splits.dropped} training images whose content or group is also in the test part")
     return splits
+
+
+def _check_forgetful(model: nn.Module, score: Score, tile: Tensor) -> None:
+    """Raise ConfigError if score maps of training images say nothing of other normal ones; `tile`: any (1, C, t, t)."""
+    with torch.no_grad():
+        learns = bool(model.eval()(tile).activations)  # else the score has nothing to remember
+    if name := remembering((model, score) if learns else (model,)):
+        raise ConfigError(
+            f"normalisation.source=train expects a detector that does not know single training images, and {name} "
+            "remembers them, so that their score maps are almost 0: set normalisation.source=validation."
+        )
 
 
 def _check_normalisation(
