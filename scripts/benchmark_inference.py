@@ -2,7 +2,8 @@
 
     python scripts/benchmark_inference.py [RUN] [--out inference.md] [--sides 128 256 512 1024]
 
-Without RUN, an untrained default model with an invented calibration serves: speed does not depend on the weights.
+Without RUN, an untrained default model with an invented calibration serves, whose score has learned of random images:
+speed does not depend on the weights.
 What is compared takes turns, a second or more each, so that a machine that slows down slows all; figures are medians
 over the turns. The share of the machine's peak is that of the bare forward pass: its multiplications and additions, as
 PyTorch counts them, in units of what a large convolution reaches here in float32. Engines and the peer take part where

@@ -1,4 +1,7 @@
-"""A detector that was never trained, for measurements of speed and memory, which do not depend on the weights."""
+"""A detector that was never trained, for measurements of speed and memory, which do not depend on the weights.
+
+What its score learns of normal tiles, it learns of random images: a score that learned nothing does less.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,41 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+_REMEMBERED = 500  # tiles, as many as the default score keeps
+
 
 def invent_run(folder: Path, overrides: Sequence[str] = (), side: int = 192) -> Path:
     """The default model with settings of `blemish train`, calibrated on a few random images of `side` pixels.
 
-    Its tiles have that side, too, as the default's have wherever half of the images are large enough.
+    Its tiles have that side, too, as the default's have wherever half of the images are large enough. Its score has
+    learned of `_REMEMBERED` of them.
     """
     import torch
 
     from blemish import __version__
     from blemish.calibration import Calibration, Promise
     from blemish.checkpoint import assemble, build_model, save_detector
+    from blemish.scores.contracts import FittableScore, learning_parts
     from blemish.settings import settings_of
+    from blemish.standardise import standardised
 
     torch.manual_seed(0)
     settled = ["data.root=.", "image.channels=1", "trainer=cpu"]
     settings = settings_of("train", [*settled, f"tiling.size={side}", *overrides])
     detector = assemble(settings, build_model(settings))
+    model, score = detector.scorer.model, detector.scorer.score
+
+    def tiles(count: int, seed: int) -> list[torch.Tensor]:
+        """Batches as model and score see them."""
+        pixels = torch.from_numpy(np.stack(random_images(count, side, seed))).permute(0, 3, 1, 2).float() / 255
+        return list((standardised(pixels) if detector.tiling.standardise else pixels).split(8))
+
+    for part in learning_parts(score):
+        part.learn(model, tiles(_REMEMBERED, 1))
+    if isinstance(score, FittableScore):
+        with torch.no_grad():
+            score.fit(model, tiles(19, 2))
+    detector = assemble(settings, model, score=score)
     images = random_images(19, side)
     scores = [float(score_map.max()) for score_map in detector.score_maps(images)]
     calibration = Calibration.fit(scores, [str(place) for place in range(19)], Promise(), detector.fingerprint)
