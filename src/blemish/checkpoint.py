@@ -35,7 +35,7 @@ from blemish.scores.contracts import Score
 from blemish.scores.engine import TorchScorer
 from blemish.tiling import Tiling
 
-FORMAT = 3
+FORMAT = 4
 PARTS = ("model", "score", "image", "tiling", "smoothing", "normalisation", "cleaning")
 """The sections of a run's config that make a detector; a checkpoint carries just these."""
 _ENSEMBLE_PARTS = ("join", "cleaning")
@@ -237,7 +237,7 @@ def read_checkpoint(run: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
-            f"{path} has format {found}, this version of blemish reads {FORMAT}: use another version."
+            f"{path} has format {found}, this version of blemish reads {FORMAT}: use another version, or train again."
         )
     if missing := _missing(content):
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}: it is damaged; train again.")
