@@ -388,6 +388,14 @@ def test_a_bank_of_places_holds_no_more_than_there_is():
         assert torch.equal(fresh(tiles(2, 8)).expected, model(tiles(2, 8)).expected)
 
 
+def test_a_bank_of_other_features_is_refused():
+    model = fitted(PlaceNearest, SIZE, projection="none", dimensions=None)
+    state = model.state_dict()
+    for damaged in (state["bank"][:, :, 1:], state["bank"][1:]):
+        with pytest.raises(RuntimeError, match="size mismatch for bank"):
+            model.load_state_dict(state | {"bank": damaged})
+
+
 def test_a_covariance_of_fewer_tiles_than_features_takes_little_shrinkage():
     model = fitted(PlaceGaussian, SIZE, projection="none", dimensions=None, shrinkage=1e-9, normal=tiles(2))
     assert torch.isfinite(L2()(*model(tiles(2, 8))[:2])).all()

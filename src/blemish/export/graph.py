@@ -116,9 +116,8 @@ def tiles_at_once(program: ExportedProgram, most: int) -> int:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if not isinstance(tensor, Tensor) or node.op != "call_function":
-                continue
-            if not all(isinstance(side, int) for side in tensor.shape):  # else it does not grow with the tiles
+            counted = isinstance(tensor, Tensor) and node.op == "call_function"
+            if counted and not all(isinstance(side, int) for side in tensor.shape):  # else it does not grow with tiles
                 largest = max(largest, math.prod(_hint(side) for side in tensor.shape))
     return max(1, min(most, _MOST_VALUES * _EXAMPLES // largest))
 

@@ -221,7 +221,7 @@ class Adversarial(Protocol):
 
 def remembering(parts: Iterable[object]) -> str | None:
     """The name of a part of a model or of a score that keeps what single training tiles showed, and so finds nothing in
-    them: its class says `remembers_tiles`. None if there is none."""
+    them: it says `remembers_tiles`. None if there is none."""
     for part in parts:
         for module in part.modules() if isinstance(part, nn.Module) else ():
             if getattr(module, "remembers_tiles", False):

@@ -12,7 +12,7 @@ from blemish.models.arguments import check_counts
 from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.gaussian import PlaceGaussian
-from blemish.models.places import banks_of_places, nearest_of_places, take_sizes
+from blemish.models.places import banks_of_places, nearest_of_places
 
 
 class PlaceNearest(PlaceGaussian):
@@ -67,5 +67,8 @@ class PlaceNearest(PlaceGaussian):
         return apart, nearest_of_places(apart, self.bank, self.lengths)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        take_sizes(self, ("bank", "lengths"), state_dict, prefix)
+        found = state_dict.get(prefix + "bank")
+        if isinstance(found, Tensor) and found.ndim == 3:  # the number of tiles alone is the state's to say
+            self.bank = self.bank.new_zeros(self.bank.shape[0], found.shape[1], self.dimensions)
+            self.lengths = self.lengths.new_zeros(self.bank.shape[:2])
         super()._load_from_state_dict(state_dict, prefix, *arguments)

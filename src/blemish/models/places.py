@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from blemish.models.feature_cache import FeatureCache
@@ -65,13 +64,6 @@ def banks_of_places(
         bank[part] = (features.to(centre) - centre[part, None]) @ whitening[part].transpose(1, 2)
         lengths[part] = bank[part].float().square().sum(dim=2)
     return bank, lengths
-
-
-def take_sizes(module: nn.Module, names: Iterable[str], state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Before a state is loaded: buffers whose sizes follow from what was learned get those of the stored ones."""
-    for name in names:
-        if (stored := state_dict.get(prefix + name)) is not None:
-            setattr(module, name, torch.empty_like(stored, device=getattr(module, name).device))
 
 
 def nearest_of_places(apart: Tensor, bank: Tensor, lengths: Tensor) -> Tensor:

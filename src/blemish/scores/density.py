@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError
 from blemish.models.feature_cache import cached
 from blemish.models.features import random_projection
-from blemish.models.places import banks_of_places, gaussians_of_places, nearest_of_places, take_sizes
+from blemish.models.places import banks_of_places, gaussians_of_places, nearest_of_places
 from blemish.scores.combinations import Remembering, check_quantile, quantile_of
 from blemish.scores.contracts import (
     ExplainedScore,
@@ -83,11 +83,15 @@ class DensityScore(ExplainedScore):
             raise ConfigError(f"Expected score.bank to be a whole number, or 0 for none, found {bank}.")
         self.other, self.stride, self.dimensions, self.shrinkage = other, stride, dimensions, shrinkage
         self.most, self.quantile, self.cache_gb, self.seed = bank, quantile, cache_gb, seed
-        self.remembers_tiles = bank > 0
         for name in _LEARNED:
             self.register_buffer(name, torch.zeros(0))
         self.register_buffer("median", torch.zeros(()))
         self.register_buffer("unit", torch.ones(()))
+
+    @property
+    def remembers_tiles(self) -> bool:
+        """As `remembering` asks."""
+        return self.most > 0
 
     @torch.inference_mode()
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +185,9 @@ class DensityScore(ExplainedScore):
         return torch.cat(layers, dim=1)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        take_sizes(self, _LEARNED, state_dict, prefix)
+        for name in _LEARNED:
+            if (stored := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, torch.empty_like(stored, device=self.centre.device))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
