@@ -160,6 +160,12 @@ def test_edges_are_a_pixel_or_two_wide():
     assert (between[whole] / inside[whole].sqrt()).median() < 10  # of about 4 sqrt(area) pixels of outline
 
 
+def test_no_blob_is_empty():
+    # Where all noise inside the window was below 0, one in thirteen had nothing above its level.
+    drawn = SHAPES["blobs"](2000, (64, 64), 4.0, 32.0, CPU)
+    assert (drawn.amax(dim=(1, 2, 3)) > 0.25).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("name", ["blobs", "ellipses", "polygons"])
 def test_a_share_of_the_shapes_fades_out(name):
     def half_covered(fading):

@@ -109,13 +109,15 @@ def blobs(
 ) -> Tensor:
     """Low-frequency noise above a random level (Zavrtanik et al., DRAEM, ICCV 2021), inside a random ellipse.
 
-    The level is 0.2 to 0.7 of the highest value inside, so that there is something.
+    The level is 0.2 to 0.7 of the value inside that is furthest from 0, on whose side the blob is: there always is one.
     """
     cell = log_uniform(count, max(2, smallest / 2), max(4, largest / 2), device)
     noise = smooth_noise(count, 1, size, cell)
     window = ellipses(count, size, max(smallest, largest / 4), 2 * largest, device)
-    highest = (noise * window).amax(dim=(2, 3), keepdim=True)
-    above = noise - highest * uniform(count, 0.2, 0.7, device)
+    inside = noise * window
+    highest, lowest = inside.amax(dim=(2, 3), keepdim=True), inside.amin(dim=(2, 3), keepdim=True)
+    side = torch.where(highest >= -lowest, 1.0, -1.0)
+    above = side * noise - torch.maximum(highest, -lowest) * uniform(count, 0.2, 0.7, device)
     return _edge(above * cell, cell, fading) * window
 
 
