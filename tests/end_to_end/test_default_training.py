@@ -113,6 +113,15 @@ def test_maps_of_training_images_that_are_remembered_normalise_nothing(tiny_data
     assert run_cli([*command, "score.bank=0"]).code == 0
 
 
+@pytest.mark.parametrize("corruption", ["gaussian", "coarse_noise"])
+def test_a_loss_to_which_no_pixel_counts_is_refused(corruption, tiny_data, run_cli, tmp_path):
+    command = ["train", "data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}", *SMALL]
+    refused = run_cli([*command, "objective.corrupted_weight=0", f"corruption={corruption}"])
+    assert refused.code == 2 and "expects a corruption that leaves pixels clean" in refused.err
+    assert not (tmp_path / "run").exists()
+    assert run_cli([*command, "objective.corrupted_weight=0"]).code == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["vae", "memory_ae", "conv_ae", "unet", "vqvae", "hierarchical_vae"])
 def test_other_models_work_with_all_other_defaults(model, tiny_data, run_cli, tmp_path, texture):

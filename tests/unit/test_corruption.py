@@ -358,7 +358,7 @@ def test_scratches_are_drawn_down_to_a_pixel_of_the_tile():
 
 @pytest.mark.parametrize(("contrasts", "is_seen"), [(0.3, False), (0.6, True)])
 def test_a_scratch_of_a_pixel_is_in_the_mask_where_it_can_be_told(contrasts, is_seen):
-    # Its change, averaged over cells of 4 x 4 pixels, is a quarter of what it is: once, it was left to be taken for normal.
+    # Averaged over cells of 4 x 4 pixels, its change is a quarter: it was left to be taken for normal.
     tile = 0.5 + 0.1 * torch.randn(1, 1, 64, 64, generator=torch.manual_seed(0))
     scratch = torch.zeros(1, 1, 64, 64)
     scratch[..., 30] = 1

@@ -184,7 +184,8 @@ def _inside(side: int, extent: Tensor) -> Tensor:
 def _visible(clean: Tensor, corrupted: Tensor, covered: Tensor) -> Tensor:
     """1 where the corruption can be told from the tile: 4 x 4 pixels changed by a fifth of the tile's contrast.
 
-    By the root of the mean square, so that a thin line in them is not averaged away. A shape counts as visible up to 4 pixels around such a place, so that its mask has an edge and no holes.
+    By the root of the mean square, so that a thin line in them is not averaged away. A shape counts as visible up to 4
+    pixels around such a place, so that its mask has an edge and no holes.
     """
     change = F.avg_pool2d((corrupted - clean).square().mean(1, keepdim=True), 4, 4, ceil_mode=True).sqrt()
     contrast = mean_and_std(clean)[1].mean(dim=1, keepdim=True).clamp(0.05, 0.25)

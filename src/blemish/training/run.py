@@ -182,9 +182,12 @@ class _Parts:
         if by_trial:
             check_one_loss(model, "training.batch_size=auto", "set a number")
         objective, score, corruption = (build(settings[key], where=key) for key in ("objective", "score", "corruption"))
+        tile = torch.zeros(1, preprocess.channels, tiling.size, tiling.size)
+        if not isinstance(model, Fittable):
+            _check_loss(objective, corruption, tile)
         assemble(settings, model)  # what prediction would refuse is refused now
         if normalisation.kind != "none" and normalisation.source == "train":
-            _check_forgetful(model, score, torch.zeros(1, preprocess.channels, tiling.size, tiling.size))
+            _check_forgetful(model, score, tile)
         promise, _ = read_settings(settings["calibration"])
         calibrating = splits.of("calibration")
         pipeline.check_classes_told(promise, classes_of(model), len(calibrating))
@@ -302,6 +305,19 @@ def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
     if splits.dropped:
         print(f"left out: {splits.dropped} training images whose content or group is also in the test part")
     return splits
+
+
+def _check_loss(objective: ReconstructionObjective, corruption: Corruption, tile: Tensor) -> None:
+    """Raise ConfigError if no pixel would count; `tile`: any (1, C, t, t)."""
+    if objective.corrupted_weight == 0:
+        with torch.random.fork_rng():
+            mask = corruption(tile).mask
+        if (mask == 1).all():
+            raise ConfigError(
+                "objective.corrupted_weight=0 expects a corruption that leaves pixels clean, and "
+                f"{type(corruption).__name__} changes them all, so that nothing would be learned: set a larger weight, "
+                "or corruption=structured."
+            )
 
 
 def _check_forgetful(model: nn.Module, score: Score, tile: Tensor) -> None:
