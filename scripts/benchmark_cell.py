@@ -89,6 +89,18 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept(settings), sort_keys=True).encode()).hexdigest()
 
 
+def source() -> str:
+    """Of the package's code and configs, so that a table says where rows come from different ones."""
+    import blemish
+    from blemish.settings import config_folder
+
+    package, digest = Path(blemish.__file__).parent, hashlib.sha256()
+    for folder, pattern in ((package, "**/*.py"), (config_folder(), "**/*.yaml")):
+        for file in sorted(folder.glob(pattern)):
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def hardware(device: str) -> dict[str, Any]:
     """What speeds depend on."""
     import torch
@@ -233,6 +245,7 @@ def measure(run: Path) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in detector.scorer.model.parameters()),
         "numbers": numbers_of(detector.scorer.model, detector.scorer.score),
         "images": about["images"],
+        "source": source(),
         "config_fingerprint": fingerprint(settings),
         "detector_fingerprint": detector.fingerprint,
         "data_fingerprint": about["data_fingerprint"],

@@ -311,6 +311,14 @@ def _remarks(done: Sequence[Result]) -> list[str]:
             "! More false alarms than the promise explains: were test and calibration normals alike, so many or more "
             f"would be rare: {'; '.join(doubts)}. The test normals then differ from the training's, for this row."
         )
+    sources = _grouped(done, lambda result: result.get("source"))
+    if len(sources) > 1:
+        states = "; ".join(
+            f"{group[0].get('source') or 'not recorded'}: {', '.join(_names(group, 'row'))}" for group in sources
+        )
+        remarks.append(
+            f"Measured with {len(sources)} states of the source (a fingerprint of code and configs): {states}."
+        )
     busy = {result["row"]: others for result in done if (others := _cores_of_others(result)) > BUSY}
     if busy:
         remarks.append(

@@ -423,6 +423,13 @@ def test_settings_of_all_rows_are_said_once(report):
     assert page.count("trainer=cpu") == 1 and "`model=a`" in page and "`model=b`" in page
 
 
+def test_rows_of_another_state_of_the_source_are_told_apart(report):
+    page = report.markdown([line(source="a1"), line("other", source="b2"), line("old")])
+    assert "Measured with 3 states of the source" in page
+    assert "a1: best; b2: other; not recorded: old" in page
+    assert "states of the source" not in report.markdown([line(source="a1"), line("other", source="a1")])
+
+
 def test_rows_on_other_images_or_machines_are_told_apart(report):
     other = line("other", data_fingerprint={"test": "u", "calibration": "c"})
     other["hardware"] = other["hardware"] | {"cpu": "B"}
