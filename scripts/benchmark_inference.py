@@ -77,7 +77,7 @@ def gflop_per_tile(scorer: Any, channels: int, size: int) -> float:
 
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        scorer.model(torch.rand(1, channels, size, size))
+        scorer.score(scorer.model, torch.rand(1, channels, size, size))
     return counter.get_total_flops() / 1e9
 
 

@@ -60,7 +60,8 @@ def main() -> None:
     # Evenly spread over the normal scores, so that the picture shows no chosen few; the worst of the defective.
     shown = [normal[place] for place in np.linspace(0, len(normal) - 1, SHOWN).round().astype(int)] + defective[-SHOWN:]
     paths = [Path(row["path"]) for row in shown]
-    blemish("predict", f"run={run}", f"input=[{','.join(map(str, paths))}]", f"out={predictions}")
+    quoted = ",".join("'" + str(path).replace("'", "\\'") + "'" for path in paths)  # commas, too, may be in a path
+    blemish("predict", f"run={run}", f"input=[{quoted}]", f"out={predictions}")
     overview(predictions, paths, folder / "overview.png")
 
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))

@@ -167,18 +167,22 @@ def all_trained_on(several: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, 
 
 
 def check_unseen(
-    calibrating: Sequence[SplitRecord], seen: Mapping[str, Sequence[str]], run: str | Path, advice: str
+    images: Sequence[SplitRecord],
+    seen: Mapping[str, Sequence[str]],
+    run: str | Path,
+    advice: str,
+    part: str = "calibration",
 ) -> None:
-    """Raise CalibrationError if calibration images, or others of their group, trained or selected a run.
+    """Raise CalibrationError if images of this part, or others of their group, trained or selected a run.
 
     seen: as `trained_on` gives it. advice: what to do, without a full stop.
     """
     files, groups = set(seen["trained_on"]), set(seen["trained_groups"])
-    known = [item.record.path for item in calibrating if item.digest in files or item.record.group in groups]
+    known = [item.record.path for item in images if item.digest in files or item.record.group in groups]
     if known:
         raise CalibrationError(
-            f"Expected calibration images that no run has seen, found that {len(known)} of {len(calibrating)}, or "
-            f"others of their group, took part in the training of {run} (first: {known[0]}): {advice}."
+            f"Expected {part} images that no run has seen, found that {len(known)} of {len(images)}, or others of "
+            f"their group, took part in the training of {run} (first: {known[0]}): {advice}."
         )
 
 

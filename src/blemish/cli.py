@@ -251,11 +251,18 @@ def _tidy(verb: str, word: str, many: bool, places: list[str]) -> str:
     if key in _PATHS and value not in ("", "null") and value[0] not in "'\"":
         is_list = value[0] == "[" or (many and "," in value)
         if not is_list or _exists(value):
-            # Inside Hydra's quotes a backslash is itself, unless it stands before a quote; ${ would be looked up.
-            escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value).replace("${", "\\${")
-            trailing = len(escaped) - len(escaped.rstrip("\\"))
-            value = f"'{escaped}{chr(92) * trailing}'"
+            value = _quoted(value)
+        elif re.fullmatch(r"\[[^\[\]'\"]+\]", value):
+            value = f"[{','.join(_quoted(path.strip()) for path in value[1:-1].split(','))}]"
     return f"{key}={value}"
+
+
+def _quoted(path: str) -> str:
+    """As Hydra reads it back unchanged."""
+    # Inside Hydra's quotes a backslash is itself, unless it stands before a quote; ${ would be looked up.
+    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", path).replace("${", "\\${")
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return f"'{escaped}{chr(92) * trailing}'"
 
 
 def _exists(word: str) -> bool:

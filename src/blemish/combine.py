@@ -74,6 +74,7 @@ def combine(
     pipeline.check_classes_told(promise, (), len(calibrating))
     for run, content in zip(runs, contents, strict=True):
         check_unseen(calibrating, content["about"], run, _APART)
+        check_unseen(splits.of("test"), content["about"], run, _APART, "test")
     units = learn_units(members, [item.record.path for item in held_out])
     about = about_run(seed, splits, overrides) | {
         "members": [

@@ -203,6 +203,25 @@ def normals_to_calibrate(
     return chosen
 
 
+def check_new(detector: Detector, paths: Sequence[Path], why: str, progress: bool = True) -> dict[Path, str]:
+    """The SHA-256 of each of these files, none of which the detector has seen.
+
+    Args:
+        why: what is wrong with images that it has seen, and what to do, without a full stop.
+
+    Raises:
+        CalibrationError: some took part in training or calibration. DataError: one cannot be read.
+    """
+    files = dict(zip(paths, digest_files(paths, progress), strict=True))
+    known = {*detector.about.get("trained_on", ()), *detector.card.made.get("calibrated_on", ())}
+    seen = [path for path, digest in files.items() if digest in known]
+    if seen:
+        raise CalibrationError(
+            f"{len(seen)} of {len(paths)} images took part in training or calibration (first: {seen[0]}): {why}."
+        )
+    return files
+
+
 def evaluate(
     detector: Detector, records: Sequence[Record], out: Path, gallery: int = 0, progress: bool = True
 ) -> dict[str, Any]:
@@ -428,14 +447,7 @@ def monitor(
             "are one such unit, or by_folder=false if each image is one."
         )
     paths = [path.absolute() for path, _ in expand_inputs(inputs)]
-    files = dict(zip(paths, digest_files(paths, progress), strict=True))
-    known = {*detector.about.get("trained_on", ()), *card.made.get("calibrated_on", ())}
-    seen = [path for path, digest in files.items() if digest in known]
-    if seen:
-        raise CalibrationError(
-            f"{len(seen)} of {len(paths)} images took part in training or calibration (first: {seen[0]}): they say "
-            "nothing about new images; give others."
-        )
+    files = check_new(detector, paths, "they say nothing about new images; give others", progress)
     units: dict[Path, list[tuple[Path, str]]] = {}
     for path, digest in files.items():
         units.setdefault(path.parent if by_folder else path, []).append((path, digest))

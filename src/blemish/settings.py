@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -187,7 +188,8 @@ def _known_names(config: Any, prefix: str = "") -> set[str]:
 
 
 def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
-    """Refuse text where the default is a number or a yes or no, and fractions where it is a whole number."""
+    """Refuse text, infinity and nan where the default is a number, or text a yes or no, and fractions where it is
+    whole."""
     for key in default.keys() & composed.keys():
         before, after = default[key], composed[key]
         if isinstance(before, dict) and isinstance(after, dict):
@@ -199,6 +201,7 @@ def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
         for kind, name in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
             if isinstance(before, kind):
                 fits = isinstance(after, (int, float) if kind is float else kind)
+                fits = fits and not (isinstance(after, float) and not math.isfinite(after))
                 may_be_null = prefix == "trainer." or f"{prefix}{key}" in _MAY_BE_NULL
                 word = _MAY_BE_A_WORD.get(f"{prefix}{key}")
                 if not fits and not (after is None and may_be_null) and not (word and after == word):

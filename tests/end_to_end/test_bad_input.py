@@ -106,6 +106,12 @@ TABLE = [
     (PREDICT + "report.images=-1", "report.images >= 0, found -1"),
     (FEW + "report.images=-1", "report.images >= 0, found -1"),
     ("evaluate run={run} report.images=-1", "report.images >= 0, found -1"),
+    (FEW + "training.learning_rate=nan", "training.learning_rate expects a number, found 'nan'"),
+    (FEW + "smoothing.sigma=inf", "smoothing.sigma expects a number, found 'inf'"),
+    (
+        "train data.root={world}/few calibration.alpha=0.3 model=golden_template score=flips",
+        "TemplateBank learns each place of an image by itself",
+    ),
     ("monitor run={run}", "input is missing"),
     ("monitor run={run} input={world}/missing", "does not exist"),
     ("monitor run={run} input={data}/train/good state={world}/m.jsonl", "took part in training"),

@@ -14,6 +14,7 @@ from blemish import load_detector
 from blemish.checkpoint import read_checkpoint
 from blemish.data.datasets import ImageCache, ValidationTiles
 from blemish.data.images import read_pixels
+from blemish.scores.density import DensityScore
 from blemish.standardise import Light
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -111,6 +112,20 @@ def test_maps_of_training_images_that_are_remembered_normalise_nothing(tiny_data
     refused = run_cli(command)
     assert refused.code == 2 and "DensityScore remembers them, so that their score maps are almost 0" in refused.err
     assert run_cli([*command, "score.bank=0"]).code == 0
+
+
+def test_the_score_remembers_what_augmentation_shows(tiny_data, run_cli, tmp_path, monkeypatch):
+    learned = {}
+
+    def learn(self, model, batches):
+        learned[augment] = torch.cat([batch.clone() for batch in batches])
+
+    monkeypatch.setattr(DensityScore, "learn", learn)
+    for augment in ("none", "flips"):
+        command = ["train", "data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / augment}", *SMALL]
+        assert run_cli([*command, f"augment={augment}"]).code == 0
+    kept = (learned["none"] == learned["flips"]).flatten(1).all(dim=1)
+    assert 0 < kept.float().mean() < 0.6  # of four turns one is none
 
 
 @pytest.mark.parametrize("corruption", ["gaussian", "coarse_noise"])

@@ -1,7 +1,9 @@
 """`blemish ensemble`: from two trained runs to one that every verb takes for a run."""
 
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +162,22 @@ def test_a_run_that_has_seen_a_calibration_image_is_refused(run_cli, tiny, tiny_
     assert result.code == 2 and len(result.sentences) == 1 and not out.exists()
     assert "Expected calibration images that no run has seen" in result.sentences[0]
     assert str(reseeded) in result.sentences[0] and "same data, seed and split" in result.sentences[0]
+
+
+def test_a_run_that_has_seen_a_test_image_is_refused(run_cli, tiny, tiny_run, tiny_data, tmp_path):
+    normals = tmp_path / "normals"
+    shutil.copytree(tiny_data / "train/good", normals / "train")
+    shutil.copytree(tiny_data / "test/good", normals / "test")
+    with (tiny_run / "splits.csv").open(encoding="utf-8") as file:  # calibration images must not be the reason
+        for row in csv.DictReader(file):
+            if row["split"] == "calibration":
+                (normals / "train" / Path(row["path"]).name).unlink()
+    words = ["train", f"data.root={normals}", f"out={tmp_path / 'run'}", *tiny, "report.images=0"]
+    assert run_cli([*words, "calibration.alpha=0.2"]).code == 0
+    out = tmp_path / "out"
+    result = run_cli(["ensemble", f"runs=[{tiny_run},{tmp_path / 'run'}]", f"out={out}", "calibration.alpha=0.1"])
+    assert result.code == 2 and not out.exists()
+    assert "Expected test images that no run has seen" in result.sentences[0]
 
 
 @pytest.mark.parametrize(

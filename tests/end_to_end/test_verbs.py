@@ -395,6 +395,18 @@ def test_input_may_be_a_list(run_cli, tiny_run, tiny_data):
     assert "2 images" in result.out
 
 
+@pytest.mark.parametrize("name", ["ü", "a (1)", "it's", "x=1 & y", "#1 {2}"])
+def test_paths_of_a_list_may_hold_what_hydra_reads_otherwise(run_cli, tiny_run, tiny_data, tmp_path, name):
+    for number in (0, 1):
+        (tmp_path / name).mkdir(exist_ok=True)
+        shutil.copy(tiny_data / "test/good/000.png", tmp_path / name / f"{number}.png")
+    quoted = "'" in name  # which ends a quotation: such a list is the user's own to quote
+    paths = [f"{tmp_path / name / number}.png".replace("'", "\\'") for number in ("0", "1")]
+    listed = ", ".join(f"'{path}'" if quoted else path for path in paths)
+    result = run_cli(["predict", f"run={tiny_run}", f"input=[{listed}]", "out=out"])
+    assert result.code == 0 and "2 images" in result.out, result.err
+
+
 def test_files_that_differ_by_suffix_only_keep_both_results(run_cli, tiny_run, save, texture, tmp_path):
     save(tmp_path / "in/a.png", texture(0))
     save(tmp_path / "in/a.bmp", texture(1))
@@ -482,6 +494,17 @@ def test_evaluation_of_other_data(tiny_run, run_cli, make_mvtec, tmp_path):
     result = run_cli(["evaluate", f"run={tiny_run}", "data.root=other", "out=out"])
     assert result.code == 0, result.err
     assert read_json(tmp_path / "out/metrics.json")["normals"]["images"] == 3
+
+
+@pytest.mark.parametrize("part", ["train", "calibration"])
+def test_images_that_the_run_has_seen_evaluate_nothing(tiny_run, tiny_data, run_cli, make_mvtec, tmp_path, part):
+    with (tiny_run / "splits.csv").open(encoding="utf-8") as file:
+        seen = next(row["path"] for row in csv.DictReader(file) if row["split"] == part)
+    make_mvtec(tmp_path / "other", train=1, good=3, blob=2)
+    shutil.copy(seen, tmp_path / "other/test/good/seen.png")
+    result = run_cli(["evaluate", f"run={tiny_run}", "data.root=other", "out=out"])
+    assert result.code == 2 and "1 of 6 images took part in training or calibration" in result.sentences[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluation_without_good_images_or_masks_leaves_figures_open(tiny_run, run_cli, make_mvtec, tmp_path):

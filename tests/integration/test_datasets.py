@@ -126,6 +126,18 @@ def test_few_validation_tiles_are_spread_over_the_images(tmp_path, save):
     assert len({int(tiles[index][0, 0, 0, 0]) for index in range(5)}) >= 4
 
 
+def test_validation_tiles_are_augmented_alike_whenever_they_are_read(files):
+    plain = ValidationTiles(cache(files), Tiling(SIZE))
+    flipped = ValidationTiles(cache(files), Tiling(SIZE), augment=Augmentation([{"HorizontalFlip": {"p": 1.0}}]))
+    some = ValidationTiles(cache(files), Tiling(SIZE), augment=Augmentation([{"HorizontalFlip": {"p": 0.5}}]), seed=1)
+    for tile, other in zip(plain.batches(4), flipped.batches(4), strict=True):
+        assert torch.equal(tile.flip(3), other)
+    first, again = (torch.cat(list(some.batches(4))) for _ in range(2))
+    assert torch.equal(first, again)
+    turned = [not torch.equal(one, other) for one, other in zip(first, torch.cat(list(plain.batches(4))), strict=True)]
+    assert any(turned) and not all(turned)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_processes_divide_the_stream_without_overlap_or_gap(processes):
     samplers = [PositionSampler(4, 5, rank, processes) for rank in range(processes)]

@@ -105,6 +105,60 @@ def test_mask_of_a_good_image_is_a_problem(mvtec_root):
     assert "defect-free" in problem
 
 
+def _move(path, name):
+    target = path.parent / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["images and masks", "images"])
+def test_mvtec_finds_masks_of_images_in_folders_of_a_kind(mvtec_root, both):
+    _move(mvtec_root / "test/blob/001.png", "lot/001.png")
+    if both:
+        _move(mvtec_root / "ground_truth/blob/001_mask.png", "lot/001_mask.png")
+    assert all(record.mask for record in read_mvtec(mvtec_root).sound() if record.kind == "blob")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "sentence"),
+    [
+        ("test/blob/001.png", "../001.png", "001.png lies in no folder of its kind"),
+        ("ground_truth/blob/001_mask.png", "../001_mask.png", "001_mask.png lies in no folder of a kind of defect"),
+        ("ground_truth/blob/001_mask.png", "lot/001_mask.png", "001_mask.png has no image in"),
+    ],
+)
+def test_what_lies_at_no_place_of_the_layout_is_a_problem(mvtec_root, source, target, sentence):
+    _move(mvtec_root / source, target)
+    assert sentence in read_mvtec(mvtec_root).problems[0]
+
+
+def test_two_images_of_one_mask_are_a_problem(mvtec_root):
+    shutil.copy(mvtec_root / "test/blob/001.png", mvtec_root / "test/blob/001.bmp")
+    (problem,) = read_mvtec(mvtec_root).problems
+    assert "have one mask" in problem
+
+
+def test_a_folder_called_normal_is_a_problem(mvtec_root):
+    (mvtec_root / "test/good").rename(mvtec_root / "test/Normal")
+    (problem,) = read_mvtec(mvtec_root).problems
+    assert "call it good" in problem
+
+
+def test_hidden_folders_are_not_of_the_layout(mvtec_root):
+    for part in ("train", "test"):
+        (mvtec_root / part / ".checkpoints").mkdir()
+    assert read_mvtec(mvtec_root).sound()
+
+
+def test_linked_folders_count_once(normal_folder, tmp_path):
+    before = len(read_folder(normal_folder).images)
+    other = tmp_path / "elsewhere"
+    shutil.copytree(normal_folder, other)
+    (normal_folder / "linked").symlink_to(other)
+    (normal_folder / "around").symlink_to(normal_folder)
+    assert len(read_folder(normal_folder).images) == 2 * before
+
+
 def test_defective_training_folder_is_a_problem(mvtec_root):
     shutil.copytree(mvtec_root / "test/blob", mvtec_root / "train/blob")
     (problem,) = read_mvtec(mvtec_root).problems

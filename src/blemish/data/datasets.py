@@ -118,14 +118,14 @@ class TrainingTiles(Dataset[Tensor]):
     """
 
     def __init__(self, images: ImageCache, size: int, seed: int, augment: Augmentation | None = None) -> None:
-        self.images, self._size, self._seed, self._augment = images, size, seed, augment
+        self.images, self.augment, self.seed, self._size = images, augment, seed, size
         self._pass, self._order = -1, np.arange(0)
 
     def _image_at(self, position: int) -> Pixels:
         number, place = divmod(position, len(self.images))
         if number != self._pass:
             self._pass = number
-            self._order = np.random.default_rng([self._seed, 0, number]).permutation(len(self.images))
+            self._order = np.random.default_rng([self.seed, 0, number]).permutation(len(self.images))
         return self.images[int(self._order[place])]
 
     def _start(self, rng: np.random.Generator, side: int) -> int:
@@ -141,22 +141,27 @@ class TrainingTiles(Dataset[Tensor]):
 
     def __getitems__(self, positions: list[int]) -> Tensor:
         """A batch of tiles (B, C, t, t): uint8, or float32 in [0, 1] for deeper images."""
-        rng = np.random.default_rng([self._seed, 1, positions[0]])
+        rng = np.random.default_rng([self.seed, 1, positions[0]])
         tiles = []
         for position in positions:
             image = pad_to_tile(self._image_at(position)[None], self._size)[0]
             top, left = (self._start(rng, side) for side in image.shape[:2])
             tiles.append(image[top : top + self._size, left : left + self._size])
-        if self._augment is not None:
-            tiles = self._augment(tiles, seed=int(rng.integers(2**31)))
+        if self.augment is not None:
+            tiles = self.augment(tiles, seed=int(rng.integers(2**31)))
         return as_batch(tiles)
 
 
 class ValidationTiles(Dataset[Tensor]):
-    """At most `most` fixed tiles, spread evenly over the images and their windows, of which there are `total`."""
+    """At most `most` fixed tiles, spread evenly over the images and their windows, of which there are `total`.
 
-    def __init__(self, images: ImageCache, tiling: Tiling, most: int = 256) -> None:
-        self._images, self._size = images, tiling.size
+    Augmented, if at all, by what `seed` and a batch's first tile draw: the same batch is the same whenever it is read.
+    """
+
+    def __init__(
+        self, images: ImageCache, tiling: Tiling, most: int = 256, augment: Augmentation | None = None, seed: int = 0
+    ) -> None:
+        self._images, self._size, self._augment, self._seed = images, tiling.size, augment, seed
         places = []
         for index in range(len(images)):
             height, width = images[index].shape[:2]
@@ -182,6 +187,8 @@ class ValidationTiles(Dataset[Tensor]):
         for image_index, top, left in (self._places[index] for index in indices):
             image = pad_to_tile(self._images[image_index][None], self._size)[0]
             tiles.append(image[top : top + self._size, left : left + self._size])
+        if self._augment is not None:
+            tiles = self._augment(tiles, seed=int(np.random.default_rng([self._seed, 2, indices[0]]).integers(2**31)))
         return as_batch(tiles)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:

@@ -57,6 +57,8 @@ def is_image(path: Path) -> bool:
 def list_images(root: Path) -> list[Path]:
     """All image files below `root`, sorted; hidden files and folders, runs and results of blemish are left out.
 
+    Linked folders count; one that is already being read, by whatever name, is not read again.
+
     Raises:
         DataError: `root` is missing, is not a folder, or holds no image.
     """
@@ -65,12 +67,15 @@ def list_images(root: Path) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"Expected a folder of images, found a file: {root}.")
     found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(
-            name
-            for name in folders
+    read = {root.resolve()}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        inside = {
+            name: (Path(folder) / name).resolve()
+            for name in sorted(folders)
             if not name.startswith(".") and not any((Path(folder) / name / ours).is_file() for ours in _OURS)
-        )
+        }
+        folders[:] = [name for name, place in inside.items() if place not in read]
+        read.update(inside.values())
         found += [path for name in names if is_image(path := Path(folder) / name)]
     if not found:
         raise DataError(f"No image found below {root}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")

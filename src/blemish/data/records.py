@@ -14,6 +14,7 @@ from blemish.errors import ConfigError, DataError
 Split = Literal["train", "validation", "calibration", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
 NORMAL = "good"
+_NORMAL_NAMES = ("good", "normal")  # whatever their case
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def read_folder(root: str | Path, classes: str | None = None) -> Records:
 def read_mvtec(root: str | Path) -> Records:
     """`train/good`, `test/<kind>` and `ground_truth/<kind>/<stem>_mask.png` (or `<stem>.png`), as in MVTec AD.
 
+    Where images lie in folders of a kind's folder, so do their masks.
+
     Source: Bergmann et al., MVTec AD, CVPR 2019. A data set without masks, or without a test part, is fine.
     """
     root = Path(root)
@@ -94,30 +97,56 @@ def read_mvtec(root: str | Path) -> Records:
     images = [Record(path, split="train") for path in list_images(root / "train" / NORMAL)]
     problems = [
         f"Folder {folder} lies in the train part beside train/{NORMAL}: only defect-free images train; move it."
-        for folder in sorted((root / "train").iterdir())
-        if folder.is_dir() and folder.name != NORMAL
+        for folder in _folders_in(root / "train")
+        if folder.name != NORMAL
     ]
-    masks = _masks_by_image(root / "ground_truth")
-    for folder in sorted(path for path in (root / "test").glob("*") if path.is_dir()):
+    problems += [
+        f"Image {path} lies in no folder of its kind: move it into one, such as {path.parent / NORMAL}."
+        for path in _images_in(root / "test")
+    ]
+    masks, strays = _masks_by_image(root / "ground_truth")
+    problems += [f"Mask {mask} lies in no folder of a kind of defect: move it, or remove it." for mask in strays]
+    taken: dict[tuple[str, str], Path] = {}
+    for folder in _folders_in(root / "test"):
+        if folder.name != NORMAL and folder.name.lower() in _NORMAL_NAMES:
+            problems.append(f"Folder {folder} counts as a kind of defect: call it {NORMAL} if it is free of them.")
         for path in list_images(folder):
-            mask = masks.pop((folder.name, path.stem), None)
+            name = folder.name, path.relative_to(folder).with_suffix("").as_posix()
+            if name not in masks:
+                name = folder.name, path.stem  # masks may lie flat where images do not
+            mask = masks.get(name)
             if mask is not None and folder.name == NORMAL:
                 problems.append(f"Mask {mask} belongs to a defect-free image: remove it or move the image.")
+            elif mask is not None and name in taken:
+                problems.append(f"Images {taken[name]} and {path} have one mask, {mask}: rename one of them.")
+            taken[name] = path
             images.append(Record(path, kind=folder.name, mask=mask, split="test"))
     problems += [
-        f"Mask {mask} has no image in {root / 'test' / kind}: restore it or remove the mask."
-        for (kind, _), mask in sorted(masks.items())
+        f"Mask {mask} has no image in {root / 'test' / name[0]}: restore it or remove the mask."
+        for name, mask in sorted(masks.items())
+        if name not in taken
     ]
     return Records(images, problems)
 
 
-def _masks_by_image(root: Path) -> dict[tuple[str, str], Path]:
-    """(kind, image stem) -> mask."""
+def _folders_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*")) if path.is_dir() and not path.name.startswith(".")]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Directly, not below."""
+    return [path for path in sorted(folder.glob("*")) if path.is_file() and is_image(path)]
+
+
+def _masks_by_image(root: Path) -> tuple[dict[tuple[str, str], Path], list[Path]]:
+    """Masks by kind and the path of their image below the folder of its kind, without its ending; and those of no
+    kind."""
     found = {}
-    for path in sorted(root.glob("*/*")) if root.is_dir() else []:
-        if is_image(path):
-            found[path.parent.name, path.stem.removesuffix("_mask")] = path
-    return found
+    for path in sorted(root.rglob("*")) if root.is_dir() else []:
+        if path.is_file() and is_image(path) and path.parent != root:
+            kind, *rest = path.relative_to(root).with_suffix("").parts
+            found[kind, "/".join(rest).removesuffix("_mask")] = path
+    return found, _images_in(root)
 
 
 def read_manifest(root: str | Path, manifest: str = "manifest.csv") -> Records:
@@ -171,7 +200,7 @@ def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[Record 
     label, split = row["label"], row.get("split", "")
     if not row["path"] or not label:
         return None, f"{where} lacks a path or a label: fill it in."
-    kind = NORMAL if label.lower() in ("good", "normal") else label
+    kind = NORMAL if label.lower() in _NORMAL_NAMES else label
     if split not in ("", *SPLITS):
         return None, f"{where} has the split '{split}': expected one of {', '.join(SPLITS)}, or nothing."
     if kind != NORMAL and split not in ("", "test"):
@@ -187,6 +216,8 @@ def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[Record 
         return None, f"{where} names {path}: expected a file ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
     if mask is not None and not mask.is_file():
         return None, f"{where} names the mask {mask}, which does not exist: restore it or empty the field."
+    if mask is not None and kind == NORMAL:
+        return None, f"{where} gives a mask to a defect-free image: empty the field, or name the defect."
     part: Split | None = "test" if kind != NORMAL else _as_split(split)
     return Record(path, kind, mask, part, row.get("group") or None, row.get("class") or None), None
 

@@ -220,7 +220,7 @@ def split_records(
     if total - for_calibration - for_validation < 1:
         raise DataError(
             f"Too few images: {total} distinct defect-free images or groups do not leave one for each of training, "
-            "validation and calibration; add images or lower split.calibration."
+            "validation and calibration; add images, or lower split.validation or split.calibration."
         )
     for position, unit in enumerate(order):
         fixed[unit] = (

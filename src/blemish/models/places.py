@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from blemish.errors import ConfigError
 from blemish.models.feature_cache import FeatureCache
 
 _MOST_VALUES = 2**24  # of what is read, inverted or whitened at once
@@ -15,10 +16,20 @@ _IN_CACHE = 2**20  # values of banks compared at once, which a CPU's cache holds
 
 
 def whitener(covariance: Tensor, shrinkage: float) -> Tensor:
-    """(..., D, D) -> W of the same shape, float32, W^T W the inverse of covariance + shrinkage * identity."""
+    """(..., D, D) -> W of the same shape, float32, W^T W the inverse of covariance + shrinkage * identity.
+
+    Raises:
+        ConfigError: there is none.
+    """
     d = covariance.shape[-1]
     identity = torch.eye(d, dtype=torch.float64, device=covariance.device)
-    lower = torch.linalg.cholesky(covariance.double() + shrinkage * identity)
+    try:
+        lower = torch.linalg.cholesky(covariance.double() + shrinkage * identity)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"The covariance of a place cannot be inverted with a shrinkage of {shrinkage:g}: set a larger one, such "
+            "as 0.1."
+        ) from error
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
     return inverse.float()
 

@@ -126,7 +126,7 @@ def residual_tile(residual: nn.Module, output: Output, x: Tensor) -> Tensor:
     if output.observed.shape[-2:] != x.shape[-2:] and getattr(residual, "pixels_only", False):
         raise ConfigError(
             f"{type(residual).__name__} compares pixels, and the model features of shape "
-            f"{tuple(output.observed.shape[1:])}: set residual=l2, or choose a model in pixel space."
+            f"{tuple(output.observed.shape[1:])}: set score=residual residual=l2, or choose a model in pixel space."
         )
     return enlarged(residual(output.observed, output.expected), x)
 

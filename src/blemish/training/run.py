@@ -28,6 +28,7 @@ from blemish.checkpoint import (
     save_detector,
     trained_on,
 )
+from blemish.data.augment import Augmentation
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
 from blemish.data.images import probe
@@ -185,6 +186,8 @@ class _Parts:
         tile = torch.zeros(1, preprocess.channels, tiling.size, tiling.size)
         if not isinstance(model, Fittable):
             _check_loss(objective, corruption, tile)
+        if getattr(model, "whole_image", False):
+            _check_unmoved(model, score)
         assemble(settings, model)  # what prediction would refuse is refused now
         if normalisation.kind != "none" and normalisation.source == "train":
             _check_forgetful(model, score, tile)
@@ -271,17 +274,17 @@ class _Parts:
             self.model.prepare(_Again(lambda: self.shown(normal, "cpu")))
 
     def teach_score(self, model: nn.Module) -> None:
-        """What comes after training, for a score that has a part which learns of training tiles."""
+        """What comes after training, for a score that has a part which learns of training tiles, augmented as there."""
         parts = learning_parts(self.score)
         if not parts:
             return
-        normal = self._normal()
+        normal = self._normal(self.tiles.augment)
         for part in parts:
             part.learn(model, _Again(lambda: self.shown(normal, self.device)))
 
-    def _normal(self) -> ValidationTiles:
+    def _normal(self, augment: Augmentation | None = None) -> ValidationTiles:
         """Training tiles in fixed places."""
-        tiles = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN)
+        tiles = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN, augment, self.tiles.seed)
         if len(tiles) < tiles.total:
             print(f"learning from {len(tiles)} of {tiles.total} training tiles, evenly spread", flush=True)
         return tiles
@@ -305,6 +308,16 @@ def _split(records: Sequence[Record], settings: Mapping[str, Any]) -> Splits:
     if splits.dropped:
         print(f"left out: {splits.dropped} training images whose content or group is also in the test part")
     return splits
+
+
+def _check_unmoved(model: nn.Module, score: Score) -> None:
+    """Raise ConfigError if a score asks a model that knows places about tiles whose places have moved."""
+    moving = [part for part in score.modules() if getattr(part, "moves", False)] if isinstance(score, nn.Module) else []
+    if moving:
+        raise ConfigError(
+            f"{type(model).__name__} learns each place of an image by itself, and {type(moving[0]).__name__} moves "
+            "them: choose another score, such as score=residual."
+        )
 
 
 def _check_loss(objective: ReconstructionObjective, corruption: Corruption, tile: Tensor) -> None:
@@ -340,10 +353,11 @@ def _check_normalisation(
             "calibration.mask_rule=parametric_noise expects the noise itself, and normalised maps are none: set "
             "normalisation.kind=none, or choose another mask rule."
         )
-    if len(splits.of(normalisation.source)) < 2:
+    source = normalisation.source
+    if len(splits.of(source)) < 2:
+        advice = "set a larger split.validation" if source == "validation" else "add images"
         raise ConfigError(
-            f"Spatial normalisation needs two or more {normalisation.source} images, found "
-            f"{len(splits.of(normalisation.source))}: set a larger split.validation, or normalisation.source=train."
+            f"Spatial normalisation needs two or more {source} images, found {len(splits.of(source))}: {advice}."
         )
     if preprocess.size is not None:
         return
