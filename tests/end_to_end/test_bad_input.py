@@ -107,6 +107,10 @@ TABLE = [
     (FEW + "report.images=-1", "report.images >= 0, found -1"),
     ("evaluate run={run} report.images=-1", "report.images >= 0, found -1"),
     (FEW + "training.learning_rate=nan", "training.learning_rate expects a number, found 'nan'"),
+    (
+        FEW + "tiling.size=16 model.depth=4 training.batch_size=1",
+        "one place to normalise over",
+    ),
     (FEW + "smoothing.sigma=inf", "smoothing.sigma expects a number, found 'inf'"),
     (
         "train data.root={world}/few calibration.alpha=0.3 model=golden_template score=flips",

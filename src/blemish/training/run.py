@@ -186,6 +186,8 @@ class _Parts:
         tile = torch.zeros(1, preprocess.channels, tiling.size, tiling.size)
         if not isinstance(model, Fittable):
             _check_loss(objective, corruption, tile)
+            if training.batch_size == 1 and not by_trial:
+                _check_one_tile(model, tile)
         if getattr(model, "whole_image", False):
             _check_unmoved(model, score)
         assemble(settings, model)  # what prediction would refuse is refused now
@@ -331,6 +333,18 @@ def _check_loss(objective: ReconstructionObjective, corruption: Corruption, tile
                 f"{type(corruption).__name__} changes them all, so that nothing would be learned: set a larger weight, "
                 "or corruption=structured."
             )
+
+
+def _check_one_tile(model: nn.Module, tile: Tensor) -> None:
+    """Raise ConfigError if a batch of one tile is too little for the model's batch normalisation."""
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(tile)
+    except ValueError as error:  # PyTorch's own, where a layer has one place
+        raise ConfigError(
+            f"training.batch_size=1 with tiling.size={tile.shape[-1]} leaves {type(model).__name__} one place to "
+            "normalise over: set a larger training.batch_size, or larger tiles."
+        ) from error
 
 
 def _check_forgetful(model: nn.Module, score: Score, tile: Tensor) -> None:
