@@ -12,7 +12,7 @@ from blemish.models.arguments import check_positive
 from blemish.models.contracts import FeatureSource
 from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel
-from blemish.models.places import gaussians_of_places, whitener
+from blemish.models.places import Places, places_of, whitener
 
 
 class _Whitened(FeatureModel):
@@ -62,6 +62,7 @@ class PlaceGaussian(_Whitened):
     """
 
     whole_image = True
+    most = 0  # tiles that a place remembers
 
     def __init__(
         self,
@@ -78,9 +79,11 @@ class PlaceGaussian(_Whitened):
         super().__init__(backbone, (height, width), shrinkage, projection, dimensions, cache_gb, seed)
 
     def learn(self, cache: FeatureCache) -> None:
-        centre, whitening = gaussians_of_places(cache, self.prepared, self.dimensions, self.shrinkage)
-        self.centre.copy_(centre.view(self.centre.shape))
-        self.whitening.copy_(whitening.view(self.whitening.shape))
+        self.keep(places_of(cache, self.prepared, self.dimensions, self.shrinkage, self.most))
+
+    def keep(self, places: Places) -> None:
+        self.centre.copy_(places.centre.view(self.centre.shape))
+        self.whitening.copy_(places.whitening.view(self.whitening.shape))
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         if observed.shape[-2:] != self.centre.shape[:2]:

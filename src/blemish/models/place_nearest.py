@@ -10,9 +10,8 @@ from torch import Tensor
 
 from blemish.models.arguments import check_counts
 from blemish.models.contracts import FeatureSource
-from blemish.models.feature_cache import FeatureCache
 from blemish.models.gaussian import PlaceGaussian
-from blemish.models.places import banks_of_places, nearest_of_places
+from blemish.models.places import Places, nearest_of_places
 
 
 class PlaceNearest(PlaceGaussian):
@@ -55,11 +54,9 @@ class PlaceNearest(PlaceGaussian):
         self.register_buffer("bank", torch.zeros(places, 1, self.dimensions, dtype=torch.float16))
         self.register_buffer("lengths", torch.zeros(places, 1))  # squared, of what is in the bank
 
-    def learn(self, cache: FeatureCache) -> None:
-        super().learn(cache)
-        d = self.dimensions
-        centre, whitening = self.centre.reshape(-1, d), self.whitening.reshape(-1, d, d)
-        self.bank, self.lengths = banks_of_places(cache, self.prepared, centre, whitening, min(self.most, cache.tiles))
+    def keep(self, places: Places) -> None:
+        super().keep(places)
+        self.bank, self.lengths = places.bank.to(self.centre.device), places.lengths.to(self.centre)
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         seen, mean = super().expect(observed)

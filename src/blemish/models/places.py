@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,47 +35,54 @@ def whitener(covariance: Tensor, shrinkage: float) -> Tensor:
     return inverse.float()
 
 
-def gaussians_of_places(
-    cache: FeatureCache, prepared: Callable[[Tensor], Tensor], dimensions: int, shrinkage: float
-) -> tuple[Tensor, Tensor]:
-    """Mean (places, D) and whitening matrix (places, D, D) of normal tiles' features at each place, float32.
+class Places(NamedTuple):
+    """What normal tiles show at each place of a grid, places counted row by row.
 
-    prepared: from features (N, places, K), as the cache holds them, to those that are judged, (N, places, D).
+    centre: the mean, (places, D) float32. whitening: as `whitener` gives it, (places, D, D) float32. bank: what N of
+    the tiles showed, less the mean and whitened, (places, N, D) float16. lengths: squared, of what is in the bank,
+    (places, N) float32.
     """
-    count = cache.values.shape[1] * cache.values.shape[2]
-    centre, whitening = torch.empty(count, dimensions), torch.empty(count, dimensions, dimensions)
-    step = max(1, _MOST_VALUES // max(cache.tiles * cache.values.shape[3], dimensions**2))
-    for first in tqdm(range(0, count, step), "covariances", unit="part", leave=False):
-        features = prepared(cache.places(first, first + step)).transpose(0, 1)  # (places, N, D)
-        middle = features.mean(dim=1)
-        apart = (features - middle[:, None]).double()  # so that a small shrinkage is not lost in rounding
-        covariance = apart.transpose(1, 2) @ apart / max(1, cache.tiles - 1)
-        centre[first : first + step] = middle
-        whitening[first : first + step] = whitener(covariance, shrinkage)
-    return centre, whitening
+
+    centre: Tensor
+    whitening: Tensor
+    bank: Tensor
+    lengths: Tensor
 
 
-def banks_of_places(
-    cache: FeatureCache, prepared: Callable[[Tensor], Tensor], centre: Tensor, whitening: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    """What `size` normal tiles, evenly spread, showed at each place, whitened: (places, size, D) float16; and the
-    squared length of each, (places, size) float32.
+def places_of(
+    cache: FeatureCache, prepared: Callable[[Tensor], Tensor], dimensions: int, shrinkage: float, bank: int = 0
+) -> Places:
+    """Learn the places of the tiles in `cache`, in one pass.
 
     Args:
-        cache, prepared: as for `gaussians_of_places`, of which `centre` and `whitening` come.
-        size: at most `cache.tiles`.
+        prepared: from features (N, places, K), as the cache holds them, to those that are judged, (N, places, D).
+        dimensions: D. shrinkage: as in `whitener`.
+        bank: how many tiles a place remembers, evenly spread, or as many as there are.
+
+    Raises:
+        ConfigError: as `whitener`.
     """
-    places, dimensions = centre.shape
-    bank = torch.empty(places, size, dimensions, dtype=torch.float16, device=centre.device)
-    lengths = torch.empty(places, size, device=centre.device)
-    kept = torch.linspace(0, cache.tiles - 1, size).round().long()
-    step = max(1, _MOST_VALUES // (cache.tiles * cache.values.shape[3]))
-    for first in tqdm(range(0, places, step), "bank", unit="part", leave=False):
+    count, kept = cache.values.shape[1] * cache.values.shape[2], min(bank, cache.tiles)
+    chosen = torch.linspace(0, cache.tiles - 1, kept).round().long()
+    found = Places(
+        torch.empty(count, dimensions),
+        torch.empty(count, dimensions, dimensions),
+        torch.empty(count, kept, dimensions, dtype=torch.float16),
+        torch.empty(count, kept),
+    )
+    step = max(1, _MOST_VALUES // max(cache.tiles * cache.values.shape[3], dimensions**2))
+    for first in tqdm(range(0, count, step), "places", unit="part", leave=False):
         part = slice(first, first + step)
-        features = prepared(cache.places(first, first + step)[kept]).transpose(0, 1)  # (places, size, D)
-        bank[part] = (features.to(centre) - centre[part, None]) @ whitening[part].transpose(1, 2)
-        lengths[part] = bank[part].float().square().sum(dim=2)
-    return bank, lengths
+        features = prepared(cache.places(first, first + step)).transpose(0, 1)  # (places, N, D)
+        middle = features.mean(dim=1)
+        apart = features - middle[:, None]
+        precise = apart.double()  # so that a small shrinkage is not lost in rounding
+        covariance = precise.transpose(1, 2) @ precise / max(1, cache.tiles - 1)
+        found.centre[part], found.whitening[part] = middle, whitener(covariance, shrinkage)
+        if kept:
+            found.bank[part] = apart[:, chosen] @ found.whitening[part].transpose(1, 2)
+            found.lengths[part] = found.bank[part].float().square().sum(dim=2)
+    return found
 
 
 def nearest_of_places(apart: Tensor, bank: Tensor, lengths: Tensor) -> Tensor:
@@ -82,7 +90,7 @@ def nearest_of_places(apart: Tensor, bank: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         apart: whitened features less their mean, (B, D, h, w).
-        bank, lengths: as `banks_of_places` gives them; places are counted row by row.
+        bank, lengths: those of `Places`.
 
     Returns:
         (B, D, h, w).

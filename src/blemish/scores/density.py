@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError
 from blemish.models.feature_cache import cached
 from blemish.models.features import random_projection
-from blemish.models.places import banks_of_places, gaussians_of_places, nearest_of_places
+from blemish.models.places import nearest_of_places, places_of
 from blemish.scores.combinations import Remembering, check_quantile, quantile_of
 from blemish.scores.contracts import (
     ExplainedScore,
@@ -159,15 +159,12 @@ class DensityScore(ExplainedScore):
             def prepared(features: Tensor) -> Tensor:
                 return (features - cache.mean) @ projection.T
 
-            centre, whitening = gaussians_of_places(cache, prepared, dimensions, self.shrinkage)
-            bank, lengths = torch.zeros(0), torch.zeros(0)
-            if self.most:
-                bank, lengths = banks_of_places(cache, prepared, centre, whitening, min(self.most, cache.tiles))
+            places = places_of(cache, prepared, dimensions, self.shrinkage, self.most)
             height, width = cache.values.shape[1:3]
             self.projection = projection.to(self.centre)
-            self.bank, self.lengths = bank.to(self.centre.device), lengths.to(self.centre)
-            self.whitening = whitening.view(height, width, dimensions, dimensions).to(self.centre)
-            self.centre = (centre + projection @ cache.mean).view(height, width, dimensions).to(self.centre)
+            self.bank, self.lengths = places.bank.to(self.centre.device), places.lengths.to(self.centre)
+            self.whitening = places.whitening.view(height, width, dimensions, dimensions).to(self.centre)
+            self.centre = (places.centre + projection @ cache.mean).view(height, width, dimensions).to(self.centre)
 
     def _grid(self, activations: Sequence[Tensor], x: Tensor) -> Tensor:
         """All layers at one size, float32: (B, K, h, w)."""
