@@ -200,8 +200,9 @@ def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{key} is a group of settings, found '{after}': set one of its keys.")
         for kind, name in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
             if isinstance(before, kind):
+                if isinstance(after, float) and not math.isfinite(after):
+                    raise ConfigError(f"The setting {prefix}{key} expects a finite number, found '{after}'.")
                 fits = isinstance(after, (int, float) if kind is float else kind)
-                fits = fits and not (isinstance(after, float) and not math.isfinite(after))
                 may_be_null = prefix == "trainer." or f"{prefix}{key}" in _MAY_BE_NULL
                 word = _MAY_BE_A_WORD.get(f"{prefix}{key}")
                 if not fits and not (after is None and may_be_null) and not (word and after == word):

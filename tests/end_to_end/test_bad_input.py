@@ -106,12 +106,12 @@ TABLE = [
     (PREDICT + "report.images=-1", "report.images >= 0, found -1"),
     (FEW + "report.images=-1", "report.images >= 0, found -1"),
     ("evaluate run={run} report.images=-1", "report.images >= 0, found -1"),
-    (FEW + "training.learning_rate=nan", "training.learning_rate expects a number, found 'nan'"),
+    (FEW + "training.learning_rate=nan", "training.learning_rate expects a finite number, found 'nan'"),
     (
         FEW + "tiling.size=16 model.depth=4 training.batch_size=1",
         "one place to normalise over",
     ),
-    (FEW + "smoothing.sigma=inf", "smoothing.sigma expects a number, found 'inf'"),
+    (FEW + "smoothing.sigma=inf", "smoothing.sigma expects a finite number, found 'inf'"),
     (
         "train data.root={world}/few calibration.alpha=0.3 model=golden_template score=flips",
         "TemplateBank learns each place of an image by itself",

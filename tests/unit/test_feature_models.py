@@ -478,7 +478,9 @@ def test_a_gradient_reaches_the_pixels_through_a_backbone():
 @pytest.mark.parametrize("residual", [SSIM(), WeightedSum([L1(), SSIM()])])
 def test_a_residual_for_pixels_is_refused_for_features(residual):
     x = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(ConfigError, match=r"compares pixels, and the model features of shape \(2, 2, 2\): set score=residual resid"):
+    with pytest.raises(
+        ConfigError, match=r"compares pixels, and the model features of shape \(2, 2, 2\): set score=residual resid"
+    ):
         ResidualScore(residual)(Given(), x)
     with pytest.raises(ConfigError, match="compares pixels"):
         residual_tile(residual, Given().output, x)
