@@ -258,7 +258,8 @@ def _tidy(verb: str, word: str, many: bool, places: list[str]) -> str:
 
 
 def _quoted(path: str) -> str:
-    """As Hydra reads it back unchanged."""
+    """As Hydra reads it back, unchanged but for the home folder, which not every shell puts in place of ~."""
+    path = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111 (a word may be no valid path)
     # Inside Hydra's quotes a backslash is itself, unless it stands before a quote; ${ would be looked up.
     escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", path).replace("${", "\\${")
     trailing = len(escaped) - len(escaped.rstrip("\\"))

@@ -407,6 +407,13 @@ def test_paths_of_a_list_may_hold_what_hydra_reads_otherwise(run_cli, tiny_run, 
     assert result.code == 0 and "2 images" in result.out, result.err
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(run_cli, tiny_run, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(tiny_data / "test/good/000.png", tmp_path / "a.png")
+    assert run_cli(["predict", f"run={tiny_run}", "input=[~/a.png]", "out=~/out"]).code == 0
+    assert (tmp_path / "out/predictions.csv").is_file()
+
+
 def test_files_that_differ_by_suffix_only_keep_both_results(run_cli, tiny_run, save, texture, tmp_path):
     save(tmp_path / "in/a.png", texture(0))
     save(tmp_path / "in/a.bmp", texture(1))

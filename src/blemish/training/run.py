@@ -198,6 +198,7 @@ class _Parts:
         pipeline.check_classes_told(promise, classes_of(model), len(calibrating))
         for part in parts_of_other_runs(model):
             check_unseen(calibrating, part.seen, part.run, _APART)
+            check_unseen(splits.of("test"), part.seen, part.run, _APART, "test")
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit, disk = training.cache_gb * 2**30, training.disk_gb * 2**30
 
