@@ -42,7 +42,10 @@ _POSITIONAL = {
     "report": ("run",),
     "diff": ("reference", "query"),
 }
-_PATHS = ("data.root", "out", "run", "runs", "input", "dir", "resume", "state", "reference", "query", "mask", "card")
+_PATHS = (
+    *("data.root", "data.manifest", "out", "run", "runs", "input", "dir", "resume", "state", "reference", "query"),
+    *("mask", "card", "backbone.run", "backbone.weights", "backbone.cache", "strategy.run"),
+)
 _HYDRA = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",

@@ -116,6 +116,10 @@ TABLE = [
         "train data.root={world}/few calibration.alpha=0.3 model=golden_template score=flips",
         "TemplateBank learns each place of an image by itself",
     ),
+    (
+        "train data.root={world}/few calibration.alpha=0.3 model=kde backbone=run backbone.run={world}/ü,(1)",
+        "ü,(1) cannot be used: No detector found",
+    ),
     ("monitor run={run}", "input is missing"),
     ("monitor run={run} input={world}/missing", "does not exist"),
     ("monitor run={run} input={data}/train/good state={world}/m.jsonl", "took part in training"),
