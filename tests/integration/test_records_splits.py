@@ -150,6 +150,12 @@ def test_hidden_folders_are_not_of_the_layout(mvtec_root):
     assert read_mvtec(mvtec_root).sound()
 
 
+def test_masks_in_a_linked_folder_are_found(mvtec_root, tmp_path):
+    (mvtec_root / "ground_truth/blob").rename(tmp_path / "masks")
+    (mvtec_root / "ground_truth/blob").symlink_to(tmp_path / "masks")
+    assert all(record.mask for record in read_mvtec(mvtec_root).sound() if record.kind == "blob")
+
+
 def test_linked_folders_count_once(normal_folder, tmp_path):
     before = len(read_folder(normal_folder).images)
     other = tmp_path / "elsewhere"

@@ -55,9 +55,7 @@ def is_image(path: Path) -> bool:
 
 
 def list_images(root: Path) -> list[Path]:
-    """All image files below `root`, sorted; hidden files and folders, runs and results of blemish are left out.
-
-    Linked folders count; one that is already being read, by whatever name, is not read again.
+    """All image files below `root`, as `images_below` finds them.
 
     Raises:
         DataError: `root` is missing, is not a folder, or holds no image.
@@ -66,6 +64,17 @@ def list_images(root: Path) -> list[Path]:
         raise DataError(f"Folder {root} does not exist: check the path.")
     if not root.is_dir():
         raise DataError(f"Expected a folder of images, found a file: {root}.")
+    found = images_below(root)
+    if not found:
+        raise DataError(f"No image found below {root}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+    return found
+
+
+def images_below(root: Path) -> list[Path]:
+    """All image files below `root`, sorted; hidden files and folders, runs and results of blemish are left out.
+
+    Linked folders count; one that is already being read, by whatever name, is not read again.
+    """
     found = []
     read = {root.resolve()}
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -77,8 +86,6 @@ def list_images(root: Path) -> list[Path]:
         folders[:] = [name for name, place in inside.items() if place not in read]
         read.update(inside.values())
         found += [path for name in names if is_image(path := Path(folder) / name)]
-    if not found:
-        raise DataError(f"No image found below {root}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return sorted(found)
 
 

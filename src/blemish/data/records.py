@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from blemish.data.images import IMAGE_SUFFIXES, is_image, list_images
+from blemish.data.images import IMAGE_SUFFIXES, images_below, is_image, list_images
 from blemish.errors import ConfigError, DataError
 
 Split = Literal["train", "validation", "calibration", "test"]
@@ -102,7 +102,8 @@ def read_mvtec(root: str | Path) -> Records:
     ]
     problems += [
         f"Image {path} lies in no folder of its kind: move it into one, such as {path.parent / NORMAL}."
-        for path in _images_in(root / "test")
+        for path in sorted((root / "test").glob("*"))
+        if path.is_file() and is_image(path)
     ]
     masks, strays = _masks_by_image(root / "ground_truth")
     problems += [f"Mask {mask} lies in no folder of a kind of defect: move it, or remove it." for mask in strays]
@@ -133,20 +134,17 @@ def _folders_in(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*")) if path.is_dir() and not path.name.startswith(".")]
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Directly, not below."""
-    return [path for path in sorted(folder.glob("*")) if path.is_file() and is_image(path)]
-
-
 def _masks_by_image(root: Path) -> tuple[dict[tuple[str, str], Path], list[Path]]:
     """Masks by kind and the path of their image below the folder of its kind, without its ending; and those of no
     kind."""
-    found = {}
-    for path in sorted(root.rglob("*")) if root.is_dir() else []:
-        if path.is_file() and is_image(path) and path.parent != root:
-            kind, *rest = path.relative_to(root).with_suffix("").parts
+    found, strays = {}, []
+    for path in images_below(root):
+        kind, *rest = path.relative_to(root).with_suffix("").parts
+        if rest:
             found[kind, "/".join(rest).removesuffix("_mask")] = path
-    return found, _images_in(root)
+        else:
+            strays.append(path)
+    return found, strays
 
 
 def read_manifest(root: str | Path, manifest: str = "manifest.csv") -> Records:

@@ -141,14 +141,12 @@ def cached(
                 if len(chosen):
                     grids = features(batch[torch.from_numpy(chosen)])
                     half = grids.half()
-                    if not torch.isfinite(grids).all():
-                        raise ConfigError(
-                            "A feature is no number, so its network has diverged: train it anew with a smaller "
-                            "training.learning_rate, or choose another backbone."
-                        )
                     if not torch.isfinite(half).all():
                         raise ConfigError(
                             "A feature is beyond what float16 holds: choose another backbone, or train the model anew."
+                            if torch.isfinite(grids).all()
+                            else "A feature is no number, so its network has diverged: train it anew with a smaller "
+                            "training.learning_rate, or choose another backbone."
                         )
                     moments.add(grids)
                     file.write(half.contiguous().numpy().tobytes())
