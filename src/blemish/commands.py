@@ -201,8 +201,10 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     from blemish.calibration import Promise, read_settings
     from blemish.checkpoint import load_detector, read_checkpoint, replace_calibration
     from blemish.data.splits import SPLITS_FILE, read_part
+    from blemish.engines.load import renew_cards
     from blemish.files import CARD_FILE
     from blemish.mask_rules import SETTINGS
+    from blemish.report.page import REPORT_FILE
 
     run = _run_of(config, "calibrate run=RUN data.root=DIR")
     content = read_checkpoint(run)
@@ -242,11 +244,19 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
         calibration = pipeline.calibrate(detector, records, promise, mask_rule)
     replace_calibration(run, calibration)
     _print_calibration(calibration)
+    for sentence in renew_cards(run, calibration):
+        print(f"blemish: warning: {sentence}", file=sys.stderr)
     thresholds = ", ".join(
         f"{part.threshold:.6g}" if label is None else f"{label} {part.threshold:.6g}"
         for label, part in calibration.parts.items()
     )
     print(f"threshold{'s' if calibration.classes else ''}: {thresholds}; card: {run / CARD_FILE}")
+    if (run / REPORT_FILE).is_file():
+        try:
+            _write_report(run)
+        except DataError as error:  # scores of another mask rule: what the page tells is of before
+            (run / REPORT_FILE).unlink()
+            print(f"removed: {run / REPORT_FILE}, for it told of the former calibration. {error}")
     return DONE
 
 

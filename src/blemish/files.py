@@ -63,7 +63,24 @@ def atomic(path: Path) -> Iterator[Path]:
             raise
 
 
-def hold(file: IO[bytes], taken: str) -> None:
+@contextmanager
+def held(folder: Path, taken: str) -> Iterator[None]:
+    """Make a folder, and keep other processes that ask from it, as `hold` does; no file is left."""
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # folders cannot be opened
+        yield
+        return
+    with explain_write_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        hold(descriptor, taken)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def hold(file: IO[bytes] | int, taken: str) -> None:
     """Keep other processes from an open file until it is closed; where there are no locks, nothing happens.
 
     Raises:

@@ -37,6 +37,7 @@ from blemish.normalisation import MapRecorder, NormalisationSettings, SpatialNor
 from blemish.outputs import PredictionFiles, Scored, unique_stems
 from blemish.report.folder import interest
 from blemish.report.gallery import Drawn, Shown, draw, draws_at_once, write_gallery
+from blemish.rows import check_apart
 from blemish.scoring import PIXELS_AHEAD, score_files, usable
 from blemish.streaming import map_ahead
 
@@ -359,12 +360,8 @@ def predict(
     check_gallery(gallery)
     if fdr is not None and not (isinstance(fdr, (int, float)) and 0 < fdr < 1):
         raise ConfigError(f"Expected fdr between 0 and 1, found {fdr}.")
-    # Results of an earlier run are no inputs, should `out` lie inside the input folder.
-    inside = out.resolve()
-    given = [(path.absolute(), name) for path, name in expand_inputs(inputs)]
-    pairs = [(path, name) for path, name in given if inside not in path.resolve().parents]
-    if not pairs:
-        raise BlemishError(f"All images of the input lie in {out}, where the results would go: choose another out=.")
+    pairs = [(path.absolute(), name) for path, name in expand_inputs(inputs)]
+    check_apart(out, (path for path, _ in pairs))
     stems = dict(zip([path for path, _ in pairs], unique_stems([name for _, name in pairs]), strict=True))
     files = PredictionFiles(out, made_by(detector) | {"fdr": fdr}, detector.card, overwrite)
     before = files.rows.done()

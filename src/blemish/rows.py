@@ -29,6 +29,14 @@ def check_own(out: Path, made_file: str, what: str) -> None:
             raise BlemishError(f"{out} holds {found} ({name}): choose another out= for {what}.")
 
 
+def check_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise BlemishError if an input lies where the results go."""
+    folder = out.resolve()
+    for path in inputs:
+        if folder in path.resolve().parents:
+            raise BlemishError(f"{path} lies in {out}, where the results would go: choose another out=.")
+
+
 class UnfinishedRows:
     """The rows of a table in the making, in a hidden `.part` file of JSON lines, and what made them.
 

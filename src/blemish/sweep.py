@@ -15,8 +15,8 @@ import signal
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 from blemish import __version__
 from blemish.errors import ConfigError
-from blemish.files import explain_write_errors, hold, write_json
+from blemish.files import explain_write_errors, held, write_json
 
 SWEEP_FILE, STUDY_FILE, LOG_FILE = "sweep.json", "study.db", "log.txt"
 _FAILED = 2  # exit code of a sweep in which a run failed
@@ -263,7 +263,7 @@ class _Table:
         """Raises ConfigError if the folder holds something else than this sweep."""
         file = folder / SWEEP_FILE
         if not file.is_file():
-            if folder.exists() and (not folder.is_dir() or any(item.name != ".lock" for item in folder.iterdir())):
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise ConfigError(f"{folder} exists and is not empty: choose another out=.")
             return cls(folder, question)
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -326,7 +326,8 @@ def sweep(
     table = _Table.open(folder, question)
     if settings.sampler == "tpe":
         _import_optuna()  # before the folder is made
-    with _lock(folder):
+    # Two processes in one sweep would train the same runs.
+    with held(folder, f"Another `blemish train --multirun` works in {folder}: wait for it, or choose another out=."):
         if table.runs:
             states = [run.status for run in table.runs.values()]
             print(f"going on with the sweep in {folder}: {states.count('done')} of its runs are done", flush=True)
@@ -338,17 +339,6 @@ def sweep(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"; the same command with out={folder} goes on with what is left") from None
     return driver.conclude()
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Two processes in one sweep would train the same runs."""
-    with explain_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("wb")
-    with file:
-        hold(file, f"Another `blemish train --multirun` works in {folder}: wait for it, or choose another out=.")
-        yield
 
 
 @dataclass

@@ -94,7 +94,7 @@ def test_an_export_follows_the_runs_calibration_but_not_another_run(exported, ru
     before = predict(run_cli, run, tiny_data, tmp_path / "torch")
     assert predict(run_cli, run, tiny_data, tmp_path / "onnx", "engine=onnx") == before
     card = json.loads((run / "export/card.json").read_text())
-    assert card["promise"]["alpha"] == 0.1  # beside the file, until it is exported again
+    assert card == json.loads((run / "card.json").read_text()) and card["promise"]["alpha"] == 0.3
 
     missing = run_cli(["predict", f"run={run}", f"input={tiny_data}", "engine=openvino"])
     assert missing.code == 2 and f"make it with `blemish export run={run} format=openvino`" in missing.err

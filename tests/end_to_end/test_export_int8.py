@@ -137,7 +137,8 @@ def test_evaluation_in_8_bits_leaves_the_runs_own_figures_alone(exported, run_cl
 
 def test_a_run_calibrated_anew_wants_a_new_export(exported, run_cli, tiny_data, tmp_path):
     run = Path(shutil.copytree(exported[0], tmp_path / "run"))
-    assert run_cli(["calibrate", f"run={run}", "calibration.alpha=0.3"]).code == 0
+    calibrated = run_cli(["calibrate", f"run={run}", "calibration.alpha=0.3"])
+    assert calibrated.code == 0 and f"{run / 'export/int8'} keeps its former card" in calibrated.err
     words = ["predict", f"run={run}", "engine=onnx_int8", f"input={tiny_data / 'test'}", "report.images=0"]
     stale = run_cli(words)
     assert stale.code == 2 and "has no calibration like the run's" in stale.sentences[-1]

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from blemish.errors import BlemishError, ConfigError
+from blemish.files import held
 from blemish.sweep import Choice, Ending, Interval, SweepSettings, sweep
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -122,15 +123,13 @@ def test_folder_of_something_else_is_left_alone():
     assert [path.name for path in Path("busy").iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no fcntl")
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be held")
 def test_two_sweeps_do_not_work_in_one_folder():
-    import fcntl
-
-    Path("out").mkdir()
-    with Path("out/.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(BlemishError, match=r"Another .* works in out"):
-            run_sweep("out", GRID, sampler="grid")
+    with (
+        held(Path("out"), "taken by the test"),
+        pytest.raises(BlemishError, match=r"Another .* works in out"),
+    ):
+        run_sweep("out", GRID, sampler="grid")
 
 
 # --- searches -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def assert_probe_agrees(path):
     return info
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "tiff", "bmp", "pgm"])
 def test_grey_8_bit_is_exact(tmp_path, suffix):
     pixels = noise((7, 9))
     path = tmp_path / f"a.{suffix}"
@@ -76,7 +76,7 @@ def test_grey_8_bit_is_exact(tmp_path, suffix):
     assert assert_probe_agrees(path).bits == 8
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "webp", "ppm"])
 def test_colour_8_bit_is_exact(tmp_path, suffix):
     pixels = noise((7, 9, 3))
     path = tmp_path / f"a.{suffix}"
@@ -390,6 +390,37 @@ def test_list_images_says_what_is_wrong(tmp_path):
         with pytest.raises(DataError, match=fragment) as caught:
             list_images(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
+
+
+def test_pictures_that_blemish_made_are_no_images_where_it_left_its_mark(tmp_path, save, texture):
+    places = ["a.png", "maps/b.png", "sub/c.png", "sub/overlays/d.png", "sub/heatmaps/e.png", "run/f.png"]
+    a, b, c, d, e, f = (save(tmp_path / place, texture(0)) for place in places)
+    assert list_images(tmp_path) == sorted([a, b, c, d, e, f])
+    for mark in ("predict.json", "sub/diff.json", "run/detector.pt"):
+        (tmp_path / mark).touch()
+    assert list_images(tmp_path) == sorted([a, c, e])
+
+
+@pytest.mark.parametrize("suffix", ["heic", "DCM"])
+def test_images_of_kinds_that_are_not_read_are_listed_and_refused(tmp_path, save, texture, suffix):
+    image = save(tmp_path / "a.png", texture(0)).rename(tmp_path / f"a.{suffix}")
+    assert list_images(tmp_path) == [image]
+    for read in (read_pixels, probe):
+        with pytest.raises(ImageError, match=rf"a\.{suffix}: \.{suffix} images are not read; save it as PNG"):
+            read(image)
+
+
+def test_16_bit_pgm_is_scaled_by_its_largest_value(tmp_path):
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5\n2 1\n4095\n" + np.array([0, 4095], ">u2").tobytes())
+    assert (probe(path).bits, probe(path).channels) == (16, 1)
+    assert np.array_equal(read_image(path).ravel(), [0, 1])
+
+
+def test_16_bit_ppm_is_refused(tmp_path):
+    (tmp_path / "a.ppm").write_bytes(b"P6\n1 1\n65535\n" + bytes(6))
+    with pytest.raises(ImageError, match="more than 8 bits per channel"):
+        read_pixels(tmp_path / "a.ppm")
 
 
 def test_inputs_are_files_folders_or_both(tmp_path, save, texture):

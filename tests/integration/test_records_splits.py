@@ -132,6 +132,12 @@ def test_what_lies_at_no_place_of_the_layout_is_a_problem(mvtec_root, source, ta
     assert sentence in read_mvtec(mvtec_root).problems[0]
 
 
+def test_two_masks_of_one_image_are_a_problem(mvtec_root):
+    shutil.copy(mvtec_root / "ground_truth/blob/001_mask.png", mvtec_root / "ground_truth/blob/001.png")
+    (problem,) = read_mvtec(mvtec_root).problems
+    assert "are of one image" in problem
+
+
 def test_two_images_of_one_mask_are_a_problem(mvtec_root):
     shutil.copy(mvtec_root / "test/blob/001.png", mvtec_root / "test/blob/001.bmp")
     (problem,) = read_mvtec(mvtec_root).problems

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from blemish import load_detector
 from blemish.checkpoint import read_checkpoint
+from blemish.files import held
 from blemish.training.task import ReconstructionTask
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -185,6 +186,17 @@ def test_finished_training_is_not_resumed(run_cli, run_copy):
     result = run_cli(["train", f"resume={run_copy}"])
     assert result.code == 2 and "finished" in result.sentences[0]
     assert (run_copy / "detector.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be held")
+def test_two_trainings_do_not_work_in_one_folder(run_cli, run_copy, tiny, tiny_data, tmp_path):
+    new = ["train", "data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'new'}", *tiny]
+    for run, words in ((run_copy, ["train", f"resume={run_copy}"]), (tmp_path / "new", new)):
+        with held(run, "taken by the test"):
+            before = sorted(run.iterdir())
+            result = run_cli(words)
+            assert result.code == 2 and "Another `blemish train` works in" in result.sentences[0], result.err
+            assert sorted(run.iterdir()) == before
 
 
 def test_resume_takes_no_other_settings(run_cli, run_copy):

@@ -67,7 +67,9 @@ def test_results_are_no_inputs(images, tiny_run, run_cli, tmp_path):
         done = run_cli(["predict", f"run={tiny_run}", "input=in", f"out={out}", "overwrite=true"])
         assert done.code == 0 and "6 images:" in done.out
     assert "6 different images" in run_cli(["monitor", f"run={tiny_run}", "input=in", "state=m.jsonl"]).out
-    refused(run_cli(["predict", f"run={tiny_run}", "input=in", "out=in"]), "where the results would go")
+    for out in ("in", "."):
+        refused(run_cli(["predict", f"run={tiny_run}", "input=in", f"out={out}"]), "where the results would go")
+    refused(run_cli(["predict", f"run={tiny_run}", "input=[in,others]", "out=others"]), "where the results would go")
     assert sorted(path.name for path in images.iterdir()) == [*(f"{number}.png" for number in range(6)), "one", "two"]
 
 
@@ -102,6 +104,18 @@ def test_another_rule_does_not_fall_back_to_the_first_calibration_images(run_cop
     assert run_cli(["calibrate", f"run={run_copy}", "data.root=new", "calibration.mask_rule=region"]).code == 0
     assert json.loads((run_copy / "card.json").read_text(encoding="utf-8"))["units"] == 20
     refused(run_cli(["report", f"run={run_copy}"]), "run `blemish evaluate` again")
+
+
+def test_the_report_does_not_tell_of_the_former_calibration(run_copy, run_cli):
+    assert run_cli(["report", f"run={run_copy}"]).code == 0
+    before = (run_copy / "report.html").read_bytes()
+    assert run_cli(["calibrate", f"run={run_copy}", "calibration.alpha=0.2"]).code == 0
+    followed = (run_copy / "report.html").read_bytes()
+    assert run_cli(["report", f"run={run_copy}"]).code == 0
+    assert (run_copy / "report.html").read_bytes() == followed != before
+    done = run_cli(["calibrate", f"run={run_copy}", "calibration.mask_rule=region"])
+    assert done.code == 0 and f"removed: {run_copy / 'report.html'}" in done.out and "evaluate` again" in done.out
+    assert not (run_copy / "report.html").exists()
 
 
 def test_settings_that_a_rule_ignores_are_refused(run_copy, run_cli):

@@ -21,7 +21,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blemish.errors import DataError, ImageError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".pnm"}
+)
+_UNREAD_SUFFIXES = frozenset(
+    {".avif", ".heic", ".heif", ".jp2", ".j2k", ".tga", ".pcx", ".psd", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".nef"}
+)
+"""Images of kinds that are not read: listed all the same, so that none is left out without a word."""
 LARGEST = 2**28
 """Pixels, such as 16384 x 16384; see `allow_large_images`."""
 
@@ -30,7 +36,11 @@ Pixels = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
-_OURS = ("detector.pt", "predict.json", "diff.json")  # what marks a folder of a run or of results
+_RUN = "detector.pt"  # marks the folder of a run
+_RESULTS = {  # folders of pictures beside the file that marks results
+    "predict.json": ("maps", "heatmaps", "masks"),
+    "diff.json": ("maps", "masks", "overlays", "side_by_side"),
+}
 _GREY_MODES = ("1", "L", "LA", "La", "F", "I")
 _SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 
@@ -51,7 +61,14 @@ class ImageInfo:
 
 
 def is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    """Whether a file is listed as an image, by its ending; `check_kind` says whether it is of a kind that is read."""
+    return path.suffix.lower() in IMAGE_SUFFIXES | _UNREAD_SUFFIXES and not path.name.startswith(".")
+
+
+def check_kind(path: Path) -> None:
+    """Raise ImageError if the ending of `path` is that of an image of a kind that is not read."""
+    if path.suffix.lower() in _UNREAD_SUFFIXES:
+        raise ImageError(f"Cannot read {path}: {path.suffix} images are not read; save it as PNG, or remove it.")
 
 
 def list_images(root: Path) -> list[Path]:
@@ -71,17 +88,18 @@ def list_images(root: Path) -> list[Path]:
 
 
 def images_below(root: Path) -> list[Path]:
-    """All image files below `root`, sorted; hidden files and folders, runs and results of blemish are left out.
+    """All image files below `root`, sorted; hidden ones, folders of runs, and pictures that blemish made are left out.
 
     Linked folders count; one that is already being read, by whatever name, is not read again.
     """
     found = []
     read = {root.resolve()}
     for folder, folders, names in os.walk(root, followlinks=True):
+        ours = {made for mark in _RESULTS.keys() & set(names) for made in _RESULTS[mark]}
         inside = {
             name: (Path(folder) / name).resolve()
             for name in sorted(folders)
-            if not name.startswith(".") and not any((Path(folder) / name / ours).is_file() for ours in _OURS)
+            if not name.startswith(".") and name not in ours and not (Path(folder) / name / _RUN).is_file()
         }
         folders[:] = [name for name, place in inside.items() if place not in read]
         read.update(inside.values())
@@ -100,6 +118,7 @@ def allow_large_images() -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open `path` with Pillow; whatever goes wrong in decoding it becomes one ImageError."""
+    check_kind(path)
     try:
         if path.stat().st_size == 0:
             raise ImageError(f"Cannot read {path}: the file is empty (0 bytes); replace or remove it.")
@@ -109,6 +128,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 raise ImageError(
                     f"Cannot read {path}: expected one image, found {image.n_frames} pages; save each as its own file."
                 )
+            if image.format == "PPM" and image.mode == "RGB" and image.tile and image.tile[0][0] != "raw":
+                raise ImageError(f"Cannot read {path}: a PPM of more than 8 bits per channel; save it as PNG.")
             yield image
     except FileNotFoundError as error:
         raise ImageError(f"Cannot read {path}: the file does not exist.") from error
@@ -139,7 +160,7 @@ def probe(path: Path) -> ImageInfo:
     """
     with _opened(path) as image:
         bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
-        if image.mode.startswith("I;16") or _is_deep_colour(image):
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM") or _is_deep_colour(image):
             bits = 16
         mode = _mode(image)
         # Pillow has turned the size of a TIFF already, and would decode a whole PNG to look for its orientation.

@@ -105,8 +105,8 @@ def read_mvtec(root: str | Path) -> Records:
         for path in sorted((root / "test").glob("*"))
         if path.is_file() and is_image(path)
     ]
-    masks, strays = _masks_by_image(root / "ground_truth")
-    problems += [f"Mask {mask} lies in no folder of a kind of defect: move it, or remove it." for mask in strays]
+    masks, in_doubt = _masks_by_image(root / "ground_truth")
+    problems += in_doubt
     taken: dict[tuple[str, str], Path] = {}
     for folder in _folders_in(root / "test"):
         if folder.name != NORMAL and folder.name.lower() in _NORMAL_NAMES:
@@ -134,17 +134,20 @@ def _folders_in(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*")) if path.is_dir() and not path.name.startswith(".")]
 
 
-def _masks_by_image(root: Path) -> tuple[dict[tuple[str, str], Path], list[Path]]:
-    """Masks by kind and the path of their image below the folder of its kind, without its ending; and those of no
-    kind."""
-    found, strays = {}, []
+def _masks_by_image(root: Path) -> tuple[dict[tuple[str, str], Path], list[str]]:
+    """Masks by kind and the path of their image below the folder of its kind, without its ending; and problems."""
+    found: dict[tuple[str, str], Path] = {}
+    problems = []
     for path in images_below(root):
         kind, *rest = path.relative_to(root).with_suffix("").parts
-        if rest:
-            found[kind, "/".join(rest).removesuffix("_mask")] = path
+        image = kind, "/".join(rest).removesuffix("_mask")
+        if not rest:
+            problems.append(f"Mask {path} lies in no folder of a kind of defect: move it, or remove it.")
+        elif image in found:
+            problems.append(f"Masks {found[image]} and {path} are of one image: remove one of them.")
         else:
-            strays.append(path)
-    return found, strays
+            found[image] = path
+    return found, problems
 
 
 def read_manifest(root: str | Path, manifest: str = "manifest.csv") -> Records:

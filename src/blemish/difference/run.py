@@ -22,6 +22,7 @@ from blemish.evaluation.metrics import Confusion
 from blemish.files import CARD_FILE, write_json
 from blemish.mask_rules import MaskRule
 from blemish.postprocess import Mask
+from blemish.rows import check_apart
 from blemish.streaming import map_ahead
 
 _LISTED = 10  # regions of a single pair that are printed
@@ -66,7 +67,7 @@ def diff(
     Raises:
         BlemishError: `out` cannot be used. ConfigError: a setting does not fit the images.
     """
-    _check_apart(out, pairs)
+    check_apart(out, (path for pair in pairs for path in (pair.query, pair.reference, pair.mask) if path))
     files = DifferenceFiles(out, made, overwrite)
     if comparison.card:
         write_json(out / CARD_FILE, comparison.card.to_dict())
@@ -95,15 +96,6 @@ def diff(
     files.finish()
     means = {name: [row[name] for row in rows if row[name] is not None] for name in TRUTH}
     return DiffSummary(rows, resumed, {name: float(np.mean(values)) for name, values in means.items() if values})
-
-
-def _check_apart(out: Path, pairs: Sequence[Pair]) -> None:
-    """Raise BlemishError if an input lies where the results go."""
-    folder = out.resolve()
-    for pair in pairs:
-        for path in (pair.query, pair.reference, pair.mask):
-            if path is not None and folder in path.resolve().parents:
-                raise BlemishError(f"{path} lies in {out}, where the results would go: choose another out=.")
 
 
 def learn(

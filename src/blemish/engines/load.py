@@ -14,7 +14,7 @@ from blemish.engines.onnx import load_onnx
 from blemish.engines.openvino import load_openvino
 from blemish.engines.program import load_program
 from blemish.errors import ConfigError, ExportError, NotCalibrated, nearest_names
-from blemish.files import CARD_FILE
+from blemish.files import CARD_FILE, write_json
 
 EXPORT_FOLDER = "export"
 """Where a run keeps what was exported of it."""
@@ -105,6 +105,24 @@ def load_for_run(
             f"it has a card of its own; export it again with {again}."
         )
     return replace(detector, about=about)
+
+
+def renew_cards(run: Path, card: Calibration) -> list[str]:
+    """Give the export of a run, whose scores are the run's, its new card; a sentence on each that keeps another one."""
+    keep = []
+    for folder in (run / EXPORT_FOLDER, run / INT8_FOLDER):
+        path = folder / CARD_FILE
+        if not path.is_file():
+            continue
+        if read_card(path).fingerprint == card.fingerprint:
+            write_json(path, card.to_dict())
+        else:
+            precision = "precision=int8" if folder == run / INT8_FOLDER else "format=onnx"
+            keep.append(
+                f"{folder} keeps its former card, for its scores are not those of the run: make it anew with "
+                f"`blemish export run={run} {precision}`."
+            )
+    return keep
 
 
 def _same_calibration(one: Calibration, other: Calibration) -> bool:

@@ -21,6 +21,8 @@ from blemish.evaluation.metrics import clopper_pearson
 from blemish.files import GALLERY_FILE, write_text
 from blemish.report.folder import Row, interest, links, read_card, read_gallery, read_json, read_rows
 
+REPORT_FILE = "report.html"
+
 _HERE = Path(__file__).parent
 _LARGEST_PAGE = 30_000_000  # bytes
 _LARGEST_GALLERY = 22_000_000  # bytes of base64
@@ -111,7 +113,7 @@ def write_report(folder: Path) -> Path:
         plotly=Markup(get_plotlyjs()),
         **{name: Markup((_HERE / file).read_text("utf-8")) for name, file in _PARTS.items()},
     )
-    path = folder / "report.html"
+    path = folder / REPORT_FILE
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # file names may not be valid Unicode
     return path
 

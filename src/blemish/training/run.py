@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from blemish.data.records import SPLITS, Record, Split
 from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
-from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
+from blemish.files import CONFIG_FILE, RUN_FILE, held, write_json, write_text
 from blemish.models.contracts import (
     Contrasting,
     Fittable,
@@ -99,11 +99,18 @@ def start(
         chosen = parts.try_batch_sizes(settings)
         print(chosen, flush=True)
         settings, parts = with_batch_size(settings, chosen.size), parts.with_batch_size(chosen.size)
-    write_text(run / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
-    write_splits(run / SPLITS_FILE, splits)
-    about = about_run(settings["seed"], splits, overrides) | {"status": "training"}
-    write_json(run / RUN_FILE, about)
-    return _go_on(run, settings, splits, parts, about, report)
+    with _alone_in(run):
+        if (run / CONFIG_FILE).exists():
+            raise ConfigError(f"Another `blemish train` has begun in {run} meanwhile: choose another out=.")
+        write_text(run / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
+        write_splits(run / SPLITS_FILE, splits)
+        about = about_run(settings["seed"], splits, overrides) | {"status": "training"}
+        write_json(run / RUN_FILE, about)
+        return _go_on(run, settings, splits, parts, about, report)
+
+
+def _alone_in(run: Path) -> AbstractContextManager[None]:
+    return held(run, f"Another `blemish train` works in {run}: wait for it, or choose another out=.")
 
 
 def resume(run: Path, read: Any, report: Report | None = None) -> Finished:
@@ -117,6 +124,11 @@ def resume(run: Path, read: Any, report: Report | None = None) -> Finished:
     """
     if not (run / CONFIG_FILE).is_file() or not (run / RUN_FILE).is_file():
         raise ConfigError(f"Nothing to resume in {run}: expected the folder of an interrupted `blemish train`.")
+    with _alone_in(run):
+        return _resume(run, read, report)
+
+
+def _resume(run: Path, read: Any, report: Report | None) -> Finished:
     about = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
     if about["status"] == "done":
         raise ConfigError(f"The training in {run} is finished: nothing to resume.")
