@@ -21,8 +21,16 @@ from blemish.checkpoint import (
     save_ensemble,
     trained_on,
 )
-from blemish.data.records import Record
-from blemish.data.splits import SPLITS_FILE, Splits, part_digests, read_splits, split_records, write_splits
+from blemish.data.records import SPLITS, Record
+from blemish.data.splits import (
+    SPLITS_FILE,
+    Splits,
+    digest_files,
+    part_digests,
+    read_splits,
+    split_records,
+    write_splits,
+)
 from blemish.ensemble import Ensemble, check_join, check_members, learn_units
 from blemish.evaluation.synthetic import check_images
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
@@ -44,7 +52,8 @@ def combine(
 
     Args:
         settings: the resolved settings of `blemish ensemble`.
-        records: of its data. other_data: they are not those that the first run was trained on, whose parts are kept.
+        records: of its data. other_data: they may be others than those of the first run, whose parts are kept, wherever
+            its images lie now.
         overrides: as given on the command line, for the record.
 
     Raises:
@@ -63,10 +72,12 @@ def combine(
         for content, run in zip(contents, runs, strict=True)
     ]
     check_members(members)
+    first = runs[0] / SPLITS_FILE
+    other_data = other_data and not _holds(first, records)
     splits = (
         split_records(records, seed, **settings["split"], needed=promise.needed)
         if other_data
-        else read_splits(runs[0] / SPLITS_FILE, records)
+        else read_splits(first, records)
     )
     splits = _without_fitted(splits, runs, contents, other_data)
     held_out, calibrating = splits.of("validation"), splits.of("calibration")
@@ -94,6 +105,14 @@ def combine(
         return pipeline.measure(out, ensemble, splits, settings["synthetic"]["images"], settings["report"]["images"])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; it is calibrated: `blemish evaluate run={out}` measures it") from None
+
+
+def _holds(splits: Path, records: Sequence[Record]) -> bool:
+    """Whether all images of these parts are among the records."""
+    if not splits.is_file():
+        return False
+    wanted = set().union(*(part_digests(splits, part) for part in SPLITS))
+    return wanted <= set(digest_files([record.path for record in records]))
 
 
 def _without_fitted(

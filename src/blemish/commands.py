@@ -238,8 +238,9 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
                 )
         else:
             about = content["about"]
+            calibrated_on = card["made"]["calibrated_on"] if card else ()
             records = pipeline.normals_to_calibrate(
-                _read(plain(config.data)).sound(), about["trained_on"], about["trained_groups"]
+                _read(plain(config.data)).sound(), about["trained_on"], about["trained_groups"], calibrated_on
             )
         calibration = pipeline.calibrate(detector, records, promise, mask_rule)
     replace_calibration(run, calibration)

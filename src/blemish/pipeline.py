@@ -171,14 +171,22 @@ def digests_of(records: Sequence[SplitRecord]) -> list[str]:
 
 
 def normals_to_calibrate(
-    records: Sequence[Record], trained_on: Sequence[str], trained_groups: Sequence[str] = (), progress: bool = True
+    records: Sequence[Record],
+    trained_on: Sequence[str],
+    trained_groups: Sequence[str] = (),
+    calibrated_on: Sequence[str] = (),
+    progress: bool = True,
 ) -> list[SplitRecord]:
     """The normal images among `records` as calibration records: those marked "calibration" or, if none is, all that
     are not of the test or validation part and share no content or group with the test part.
 
+    Where images of a run's training are among them, they are the run's images, moved: those that calibrated it are
+    taken, if all are there.
+
     Args:
         trained_on: SHA-256 of the files that trained or selected the model.
         trained_groups: the groups of those files.
+        calibrated_on: SHA-256 of the files that calibrated it before.
 
     Raises:
         CalibrationError: some of them trained: their scores are too low to calibrate with.
@@ -197,6 +205,9 @@ def normals_to_calibrate(
     files, groups = set(trained_on), set(trained_groups)
     seen = [item.record.path for item in chosen if item.digest in files or item.record.group in groups]
     if seen:
+        before = {item.digest: item for item in chosen if item.digest in set(calibrated_on)}
+        if before and before.keys() == set(calibrated_on):
+            return [item for item in chosen if item.digest in before]
         raise CalibrationError(
             f"{len(seen)} of {len(chosen)} calibration images, or others of their group, took part in training (first: "
             f"{seen[0]}): their scores are too low to promise anything; give images that the model has not seen."

@@ -220,6 +220,16 @@ def test_it_has_no_bottleneck_to_take_features_from(both):
         RunEncoder(str(both[0]))
 
 
+def test_parts_are_kept_where_the_images_have_moved(both, run_cli, tiny_run, other_run, tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    out = tmp_path / "moved"
+    words = ["ensemble", f"runs=[{tiny_run},{other_run}]", "data=mvtec", f"data.root={data}", f"out={out}"]
+    result = run_cli([*words, "calibration.alpha=0.1", "synthetic.images=0", "cleaning.min_area=2", "report.images=0"])
+    assert result.code == 0, result.err
+    cards = [load_detector(run).card for run in (out, both[0])]
+    assert cards[0].scores == cards[1].scores and cards[0].made["calibrated_on"] == cards[1].made["calibrated_on"]
+
+
 def test_changed_images_and_damaged_members_are_refused(both, run_cli, tiny_run, other_run, tiny_data, tmp_path):
     run = shutil.copytree(both[0], tmp_path / "run")
     rewrite(run, lambda content: content["members"][1].pop("state_dict"))
@@ -227,10 +237,9 @@ def test_changed_images_and_damaged_members_are_refused(both, run_cli, tiny_run,
         load_detector(run)
     moved = shutil.copytree(tiny_run, tmp_path / "moved")
     splits = (moved / "splits.csv").read_text()
-    for text, sentence in (
-        (splits.replace("000.png", "999.png", 1), "has gone since"),
-        (splits[:-65] + "0" * 64 + "\n", "has changed since"),
-    ):
+    changed = splits[:-65] + "0" * 64 + "\n"
+    head, last = changed[: changed[:-1].rindex("\n")], changed[changed[:-1].rindex("\n") :]
+    for text, sentence in ((changed, "has changed since"), (head + last.replace(".png", "9.png"), "has gone since")):
         (moved / "splits.csv").write_text(text)
         result = run_cli(["ensemble", f"runs=[{moved},{other_run}]", f"out={tmp_path / 'out'}"])
         assert result.code == 2 and sentence in result.sentences[0], result.err

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +138,20 @@ def test_recalibrating_to_a_rule_equals_training_with_it(ruled, run_copy, run_cl
     assert run_cli(["calibrate", f"run={run_copy}", "calibration.region_area=1", "calibration.alpha=0.1"]).code == 0
     strictest = read_json(run_copy / "card.json")
     assert (strictest["scores"], strictest["rank"]) == (before["scores"], before["rank"])
+
+
+def test_another_rule_finds_the_calibration_images_where_they_have_moved(run_copy, run_cli, tiny_data, tmp_path):
+    before = read_json(run_copy / "card.json")
+    copy = shutil.copytree(tiny_data, tmp_path / "moved")
+    words = ["calibrate", f"run={run_copy}", "data=mvtec", f"data.root={copy}"]
+    result = run_cli([*words, *RULES["region"]])
+    assert result.code == 0, result.err
+    after = read_json(run_copy / "card.json")
+    assert after["made"]["calibrated_on"] == before["made"]["calibrated_on"] and after["scores"] != before["scores"]
+    lost = copy / Path(part_of(run_copy, "calibration")[0]).relative_to(tiny_data)
+    lost.unlink()
+    result = run_cli(words)
+    assert result.code == 2 and "took part in training" in result.sentences[0]
 
 
 @pytest.mark.parametrize("change", ["changed", "gone", "no list"])

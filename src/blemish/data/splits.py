@@ -69,22 +69,22 @@ def write_splits(path: Path, splits: Splits) -> None:
 
 
 def read_splits(path: Path, records: Sequence[Record], progress: bool = True) -> Splits:
-    """The parts that `write_splits` wrote, of the records of the same data; records that it does not name are left out.
+    """The parts that `write_splits` wrote, of records that hold the same files, wherever; others are left out.
 
     Raises:
         DataError: the file is missing, or an image is gone or has changed since.
     """
-    rows = {row["path"]: row for row in _read_rows(path)}
-    named = [record for record in records if str(record.path) in rows]
-    if len(named) < len(rows):
-        gone = next(iter(rows.keys() - {str(record.path) for record in named}))
-        raise DataError(f"{gone} has gone since {path} was written: give the images by data.root=DIR.")
-    _check_same(path, [rows[str(record.path)] for record in named], progress)
+    rows = {row["sha256"]: row for row in _read_rows(path)}
+    digests = digest_files([record.path for record in records], progress)
+    if lost := rows.keys() - set(digests):
+        first = min(rows[digest]["path"] for digest in lost)
+        what = "changed" if first in {str(record.path) for record in records} else "gone"
+        raise DataError(f"{first} has {what} since {path} was written: give the images by data.root=DIR.")
     return Splits(
         [
-            SplitRecord(replace(record, split=_SPLIT[row["split"]]), row["sha256"], row["unit"])
-            for record in named
-            for row in (rows[str(record.path)],)
+            SplitRecord(replace(record, split=_SPLIT[row["split"]]), digest, row["unit"])
+            for record, digest in zip(records, digests, strict=True)
+            if (row := rows.get(digest))
         ]
     )
 
