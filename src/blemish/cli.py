@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -65,12 +67,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"blemish {__version__}")
         raise SystemExit(DONE)
     try:
-        code = _explained(lambda: _run(words[0], words[1:])).code
+        with _terminated_like_interrupted():
+            code = _explained(lambda: _run(words[0], words[1:])).code
     except KeyboardInterrupt as stopped:
         goes_on = stopped.args[0] if stopped.args else _GOES_ON.get(words[0], "")
         print(f"blemish: interrupted{goes_on}.", file=sys.stderr)
         code = INTERRUPTED
     raise SystemExit(code)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, by which containers and schedulers end a process, cleans up as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explained(action: Callable[[], int]) -> Ending:
@@ -233,6 +249,8 @@ def _hand_to_hydra(verb: str, overrides: list[str], options: list[str], many: bo
     sys.argv = [f"blemish {verb}", *options, *_HYDRA, *overrides]
     try:
         run()
+    except ValueError as error:  # the action's own are explained in there
+        raise ConfigError(f"The options {' '.join(options)} do not go together: {error}.") from error
     finally:
         sys.argv = before
     return max(codes, default=DONE)

@@ -85,7 +85,12 @@ def train(config: Any, overrides: list[str], report: Report | None = None) -> in
             config.image.short_side = None  # a default, which another way to size images replaces
         fit_to_images(config, [record.path for record in records if record.is_normal and record.split != "test"])
         settings = {key: value for key, value in plain(config).items() if key != "sweep"}
-        finished = start(run, settings, records, overrides, report)
+        try:
+            finished = start(run, settings, records, overrides, report)
+        except KeyboardInterrupt:
+            if run.exists():
+                raise
+            raise KeyboardInterrupt("; nothing was begun: the same command begins anew") from None
     return _print_finished(run, finished)
 
 
@@ -103,6 +108,8 @@ def _settle_backbone(config: Any) -> None:
 
 def _check_new(run: Path, otherwise: str = "") -> None:
     """Raise ConfigError if a run cannot begin in this folder."""
+    if "::" in str(run.absolute()):  # which Lightning takes for a chain of URLs
+        raise ConfigError(f"Expected a folder without '::' in its path for the run, found {run.absolute()}.")
     if run.exists() and (not run.is_dir() or any(item.name != LOG_FILE for item in run.iterdir())):
         raise ConfigError(f"{run} exists and is not empty: choose another out={otherwise}.")
 
@@ -238,7 +245,8 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
                 )
         else:
             about = content["about"]
-            calibrated_on = card["made"]["calibrated_on"] if card else ()
+            moved = card and not _has_part(run / SPLITS_FILE, "calibration")
+            calibrated_on = card["made"]["calibrated_on"] if moved else ()
             records = pipeline.normals_to_calibrate(
                 _read(plain(config.data)).sound(), about["trained_on"], about["trained_groups"], calibrated_on
             )
@@ -259,6 +267,16 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
             (run / REPORT_FILE).unlink()
             print(f"removed: {run / REPORT_FILE}, for it told of the former calibration. {error}")
     return DONE
+
+
+def _has_part(splits: Path, part: Split) -> bool:
+    """Whether the images of this part are where they were."""
+    from blemish.data.splits import read_part
+
+    try:
+        return bool(read_part(splits, part))
+    except DataError:
+        return False
 
 
 def _evaluate(config: Any, overrides: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,14 @@ from blemish.sweep import Choice, Interval
 
 _MAY_BE_NULL = ("training.patience", "image.short_side", "image.size", "image.square", "model.dimensions")
 _MAY_BE_A_WORD = {"training.batch_size": "auto"}
+_MAY_BE_LISTS = ("input", "runs")
+_PATHS_BY_DEFAULT_NULL = ("out", "resume", "mask", "card", "backbone.cache")
+_KINDS: tuple[tuple[type, Any, str], ...] = (  # of a default, what fits it, and its name
+    (bool, bool, "true or false"),
+    (int, int, "a whole number"),
+    (float, (int, float), "a number"),
+    (str, (str, int, float), "text"),
+)
 
 
 def config_folder() -> Path:
@@ -94,7 +103,7 @@ def compose_settings(verb: str, words: Sequence[str], many: bool = False) -> Any
                 # Composing takes a while; only now is it worth looking for the word at fault.
                 word, reason = _at_fault(verb, run, mistake)
                 raise ConfigError(_explain(verb, word, str(reason), defaults)) from reason
-            _check_types(defaults, OmegaConf.to_container(composed, resolve=False))
+            _check_types(defaults, OmegaConf.to_container(composed, resolve=False), defaults)
             runs.append(composed)
     return runs[0]
 
@@ -187,28 +196,48 @@ def _known_names(config: Any, prefix: str = "") -> set[str]:
     return names
 
 
-def _check_types(default: Any, composed: Any, prefix: str = "") -> None:
-    """Refuse text, infinity and nan where the default is a number, or text a yes or no, and fractions where it is
-    whole."""
+def _check_types(default: Any, composed: Any, root: dict[str, Any], prefix: str = "") -> None:
+    """Refuse what is not of the default's kind: text, infinity and nan for a number, a fraction for a whole one, text
+    for a yes or no, lists and nothing for text. A default that refers to another setting is of its kind; `root` has
+    all of them."""
     for key in default.keys() & composed.keys():
-        before, after = default[key], composed[key]
+        name, before, after = f"{prefix}{key}", _referred(default[key], root), composed[key]
+        if after == default[key]:
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
             if before.get("_target_") == after.get("_target_"):
-                _check_types(before, after, f"{prefix}{key}.")
+                _check_types(before, after, root, f"{name}.")
             continue
         if isinstance(before, dict):
-            raise ConfigError(f"{prefix}{key} is a group of settings, found '{after}': set one of its keys.")
-        for kind, name in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
+            if isinstance(default[key], dict):
+                raise ConfigError(f"{name} is a group of settings, found '{after}': set one of its keys.")
+            continue
+        if before is None and name in _PATHS_BY_DEFAULT_NULL:
+            before = "text"
+        if isinstance(after, float) and not math.isfinite(after) and isinstance(before, (int, float)):
+            raise ConfigError(f"The setting {name} expects a finite number, found '{after}'.")
+        if (after is None and (prefix == "trainer." or name in _MAY_BE_NULL)) or name in _MAY_BE_LISTS:
+            continue
+        if isinstance(after, str) and (after.startswith("${") or after == _MAY_BE_A_WORD.get(name)):
+            continue
+        for kind, fitting, what in _KINDS:
             if isinstance(before, kind):
-                if isinstance(after, float) and not math.isfinite(after):
-                    raise ConfigError(f"The setting {prefix}{key} expects a finite number, found '{after}'.")
-                fits = isinstance(after, (int, float) if kind is float else kind)
-                may_be_null = prefix == "trainer." or f"{prefix}{key}" in _MAY_BE_NULL
-                word = _MAY_BE_A_WORD.get(f"{prefix}{key}")
-                if not fits and not (after is None and may_be_null) and not (word and after == word):
-                    expected = f"{name} or {word}" if word else name
-                    raise ConfigError(f"The setting {prefix}{key} expects {expected}, found '{after}'.")
+                if not isinstance(after, fitting):
+                    word = f" or {_MAY_BE_A_WORD[name]}" if name in _MAY_BE_A_WORD else ""
+                    found = "nothing" if after is None else f"'{after}'"
+                    raise ConfigError(f"The setting {name} expects {what}{word}, found {found}.")
                 break
+
+
+def _referred(value: Any, root: dict[str, Any]) -> Any:
+    """A default, or the one that it refers to, as in ${seed}."""
+    found = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    if not found:
+        return value
+    other: Any = root
+    for name in found[1].split("."):
+        other = other.get(name) if isinstance(other, dict) else None
+    return _referred(other, root)
 
 
 def _explain(verb: str, word: str, message: str, defaults: dict[str, Any]) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -124,6 +128,19 @@ def test_ctrl_c_is_one_sentence(run_cli, tiny_run, tiny_data, monkeypatch):
     result = run_cli(["predict", f"run={tiny_run}", f"input={tiny_data}"])
     assert result.code == 130 and len(result.sentences) == 1 and "interrupted" in result.sentences[0]
     assert "Traceback" not in result.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+def test_a_termination_is_like_ctrl_c_and_says_what_was_begun(run_cli, tiny, tiny_data, monkeypatch, tmp_path):
+    def terminate(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("blemish.training.run.split_records", terminate)
+    result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={tmp_path / 'run'}", *tiny])
+    assert result.code == 130 and "nothing was begun" in result.sentences[0] and "Traceback" not in result.err
+    assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

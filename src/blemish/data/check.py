@@ -10,10 +10,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from blemish.calibration import RULES, Promise, round_up
-from blemish.data.images import ImageInfo, probe, read_mask, read_pixels
+from blemish.data.images import ImageInfo, check_not_mixed, probe, read_mask, read_pixels
 from blemish.data.records import SPLITS, Record, Records
 from blemish.data.splits import digest_files, split_records
-from blemish.errors import BlemishError, ImageError
+from blemish.errors import BlemishError, DataError, ImageError
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,15 @@ def check(
                 readable.append(record)
     facts.append(f"sizes (width x height): {_count(f'{info.width} x {info.height}' for info in infos)}")
     facts.append(f"modes: {_count(info.mode for info in infos)}")
+    normals = [
+        (info.channels, record.path)
+        for record, info in zip(readable, infos, strict=True)
+        if record.is_normal and record.split != "test"
+    ]
+    try:
+        check_not_mixed(dict(reversed(normals)))
+    except DataError as error:
+        problems.append(str(error))
     facts.append(f"bits per channel: {_count(str(info.bits) for info in infos)}")
 
     part = {record.path: "test" if record.split == "test" else "train" for record in images}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +168,14 @@ def probe(path: Path) -> ImageInfo:
         turned = look and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         width, height = (image.height, image.width) if turned else image.size
         return ImageInfo(width, height, mode, bits)
+
+
+def check_not_mixed(first: Mapping[int, Path]) -> None:
+    """Raise DataError if there are grey and coloured images; `first` has one by its number of channels."""
+    if len(first) == 2:
+        raise DataError(
+            f"The images mix grey ({first[1]}) and colour ({first[3]}): set image.channels=1 to make all grey, or 3."
+        )
 
 
 def read_pixels(path: str | Path) -> Pixels:

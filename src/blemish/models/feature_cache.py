@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -157,7 +158,11 @@ def cached(
         with tempfile.TemporaryDirectory(prefix="blemish-") as temporary:
             path = Path(temporary) / "features.npy"
             mean, deviation = compute(path)
-            yield FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
+            cache = FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
+            if sys.platform == "win32":  # where no open file can be removed
+                yield cache
+                return
+        yield cache  # the file has no name any more: a kill leaves nothing
         return
     # What the backbone says of a tile tells it from all others, its settings included.
     digest.update(f"{len(kept)} {tuple(first.shape)}".encode() + first.contiguous().numpy().tobytes())

@@ -36,7 +36,7 @@ class OneClassSVM(Density):
     Args:
         backbone, samples, projection, dimensions, cache_gb, seed: those of `Density`.
         kernel: rbf, nystroem or linear.
-        nu: the share of the patches that may lie outside, in (0, 1]; with rbf, at least as many are support vectors.
+        nu: the share of the patches that may lie outside, in (0, 1); with rbf, at least as many are support vectors.
         gamma: of rbf and nystroem; None takes 1 / (D * variance of all values).
         components: of nystroem.
 
@@ -65,8 +65,8 @@ class OneClassSVM(Density):
         super().__init__(backbone, samples, projection, dimensions, cache_gb, seed)
         if kernel not in KERNELS:
             raise ConfigError(f"Unknown model.kernel '{kernel}': {nearest_names(kernel, KERNELS)}")
-        if not 0 < nu <= 1:
-            raise ConfigError(f"Expected model.nu in (0, 1], found {nu}.")
+        if not 0 < nu < 1:  # with 1, libsvm's offset may be anything
+            raise ConfigError(f"Expected model.nu between 0 and 1, found {nu}.")
         if gamma is not None and not gamma > 0:
             raise ConfigError(f"Expected model.gamma > 0, or null, found {gamma}.")
         check_counts(components=components)

@@ -31,7 +31,7 @@ from blemish.checkpoint import (
 from blemish.data.augment import Augmentation
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
-from blemish.data.images import probe
+from blemish.data.images import check_not_mixed, probe
 from blemish.data.records import SPLITS, Record, Split
 from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
@@ -532,11 +532,7 @@ def fit_to_images(settings: Any, paths: Iterable[Path]) -> None:
         first.setdefault(info.channels, path)
         sides.append((info.height, info.width))
     if settings.image.channels is None:
-        if len(first) == 2:
-            raise DataError(
-                f"The images mix grey ({first[1]}) and colour ({first[3]}): set image.channels=1 to make all grey, or "
-                "3."
-            )
+        check_not_mixed(first)
         settings.image.channels = next(iter(first), 1)
     if settings.tiling.size is None:
         preprocess: Preprocess = build_section(Preprocess, settings, "image")
