@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,10 +23,10 @@ from blemish import __version__
 from blemish.build import TRUSTED, build, build_section
 from blemish.calibration import Calibration
 from blemish.data.records import SPLITS
-from blemish.data.splits import SplitRecord, Splits
+from blemish.data.splits import Splits
 from blemish.detector import Detector, TileDetector
 from blemish.ensemble import Ensemble
-from blemish.errors import CalibrationError, CheckpointError, ConfigError
+from blemish.errors import CheckpointError, ConfigError
 from blemish.files import CARD_FILE, DETECTOR_FILE, write_bytes, write_json
 from blemish.normalisation import SpatialNormalisation
 from blemish.postprocess import Cleaning, Smoothing
@@ -150,40 +150,6 @@ def about_run(seed: int, splits: Splits, overrides: Sequence[str]) -> dict[str, 
         "images": {name: len(splits.of(name)) for name in SPLITS},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def trained_on(seen: Sequence[SplitRecord]) -> dict[str, list[str]]:
-    """The images that trained or selected a model, and so can never calibrate it: SHA-256 and groups."""
-    return {
-        "trained_on": sorted({item.digest for item in seen}),
-        "trained_groups": sorted({item.record.group for item in seen if item.record.group is not None}),
-    }
-
-
-def all_trained_on(several: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
-    """One answer of several, as `trained_on` gives them, for a model whose parts were trained apart."""
-    several = list(several)
-    return {name: sorted({one for each in several for one in each[name]}) for name in ("trained_on", "trained_groups")}
-
-
-def check_unseen(
-    images: Sequence[SplitRecord],
-    seen: Mapping[str, Sequence[str]],
-    run: str | Path,
-    advice: str,
-    part: str = "calibration",
-) -> None:
-    """Raise CalibrationError if images of this part, or others of their group, trained or selected a run.
-
-    seen: as `trained_on` gives it. advice: what to do, without a full stop.
-    """
-    files, groups = set(seen["trained_on"]), set(seen["trained_groups"])
-    known = [item.record.path for item in images if item.digest in files or item.record.group in groups]
-    if known:
-        raise CalibrationError(
-            f"Expected {part} images that no run has seen, found that {len(known)} of {len(images)}, or others of "
-            f"their group, took part in the training of {run} (first: {known[0]}): {advice}."
-        )
 
 
 def save_ensemble(

@@ -14,12 +14,9 @@ from blemish.build import build_section
 from blemish.calibration import read_settings
 from blemish.checkpoint import (
     about_run,
-    all_trained_on,
-    check_unseen,
     read_checkpoint,
     restore,
     save_ensemble,
-    trained_on,
 )
 from blemish.data.records import SPLITS, Record
 from blemish.data.splits import (
@@ -36,6 +33,7 @@ from blemish.evaluation.synthetic import check_images
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
 from blemish.pipeline import Finished
 from blemish.postprocess import Cleaning
+from blemish.seen import Seen
 
 _APART = "train the runs with the same data, seed and split, or give other normal images by data.root=DIR"
 
@@ -84,8 +82,9 @@ def combine(
     pipeline.check_enough(calibrating, promise, mask_rule)
     pipeline.check_classes_told(promise, (), len(calibrating))
     for run, content in zip(runs, contents, strict=True):
-        check_unseen(calibrating, content["about"], run, _APART)
-        check_unseen(splits.of("test"), content["about"], run, _APART, "test")
+        seen = Seen.read(content["about"])
+        seen.check_apart(calibrating, run, _APART)
+        seen.check_apart(splits.of("test"), run, _APART, "test")
     units = learn_units(members, [item.record.path for item in held_out])
     about = about_run(seed, splits, overrides) | {
         "members": [
@@ -98,8 +97,8 @@ def combine(
     ensemble = replace(ensemble, calibration=pipeline.calibrate(ensemble, calibrating, promise, mask_rule))
     write_text(out / CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
     write_splits(out / SPLITS_FILE, splits)
-    seen = [trained_on(held_out), *(content["about"] for content in contents)]
-    save_ensemble(out, ensemble, contents, about | all_trained_on(seen))
+    seen = Seen.of(held_out).union(Seen.read(content["about"]) for content in contents)
+    save_ensemble(out, ensemble, contents, about | seen.to_dict())
     write_json(out / RUN_FILE, about)
     try:
         return pipeline.measure(out, ensemble, splits, settings["synthetic"]["images"], settings["report"]["images"])

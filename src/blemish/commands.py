@@ -212,6 +212,7 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
     from blemish.files import CARD_FILE
     from blemish.mask_rules import SETTINGS
     from blemish.report.page import REPORT_FILE
+    from blemish.seen import Seen
 
     run = _run_of(config, "calibrate run=RUN data.root=DIR")
     content = read_checkpoint(run)
@@ -244,11 +245,10 @@ def _calibrate(config: Any, overrides: list[str]) -> int:
                     "by_class needs these images again; give them by data.root=DIR."
                 )
         else:
-            about = content["about"]
             moved = card and not _has_part(run / SPLITS_FILE, "calibration")
             calibrated_on = card["made"]["calibrated_on"] if moved else ()
             records = pipeline.normals_to_calibrate(
-                _read(plain(config.data)).sound(), about["trained_on"], about["trained_groups"], calibrated_on
+                _read(plain(config.data)).sound(), Seen.read(content["about"]), calibrated_on
             )
         calibration = pipeline.calibrate(detector, records, promise, mask_rule)
     replace_calibration(run, calibration)

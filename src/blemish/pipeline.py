@@ -39,6 +39,7 @@ from blemish.report.folder import interest
 from blemish.report.gallery import Drawn, Shown, draw, draws_at_once, write_gallery
 from blemish.rows import check_apart
 from blemish.scoring import PIXELS_AHEAD, score_files, usable
+from blemish.seen import Seen
 from blemish.streaming import map_ahead
 
 _EVALUATION = ("path", "kind", "class", "image_score", "p_value", "decision", "error")
@@ -172,8 +173,7 @@ def digests_of(records: Sequence[SplitRecord]) -> list[str]:
 
 def normals_to_calibrate(
     records: Sequence[Record],
-    trained_on: Sequence[str],
-    trained_groups: Sequence[str] = (),
+    seen: Seen,
     calibrated_on: Sequence[str] = (),
     progress: bool = True,
 ) -> list[SplitRecord]:
@@ -184,8 +184,7 @@ def normals_to_calibrate(
     taken, if all are there.
 
     Args:
-        trained_on: SHA-256 of the files that trained or selected the model.
-        trained_groups: the groups of those files.
+        seen: by the model.
         calibrated_on: SHA-256 of the files that calibrated it before.
 
     Raises:
@@ -202,15 +201,13 @@ def normals_to_calibrate(
         and unit not in in_test
         and (record.split == "calibration" if named else record.split in (None, "train"))
     ]
-    files, groups = set(trained_on), set(trained_groups)
-    seen = [item.record.path for item in chosen if item.digest in files or item.record.group in groups]
-    if seen:
+    if known := seen.among(chosen):
         before = {item.digest: item for item in chosen if item.digest in set(calibrated_on)}
         if before and before.keys() == set(calibrated_on):
             return [item for item in chosen if item.digest in before]
         raise CalibrationError(
-            f"{len(seen)} of {len(chosen)} calibration images, or others of their group, took part in training (first: "
-            f"{seen[0]}): their scores are too low to promise anything; give images that the model has not seen."
+            f"{len(known)} of {len(chosen)} calibration images, or others of their group, took part in training "
+            f"(first: {known[0]}): their scores are too low to promise anything; give images that it has not seen."
         )
     return chosen
 

@@ -10,6 +10,7 @@ from blemish.calibration import Calibration, Promise
 from blemish.data.records import Record
 from blemish.errors import CalibrationError
 from blemish.pipeline import normals_to_calibrate
+from blemish.seen import Seen
 
 
 def test_card_survives_another_rounding_of_its_interval():
@@ -38,7 +39,7 @@ def images(tmp_path, save, texture):
 def test_other_pictures_of_a_trained_group_do_not_calibrate(images):
     records = [Record(images[0], group="lot 1"), Record(images[1], group="lot 2")]
     with pytest.raises(CalibrationError, match=r"1 of 2 .* group, took part"):
-        normals_to_calibrate(records, [], ["lot 1"], progress=False)
+        normals_to_calibrate(records, Seen(groups=frozenset({"lot 1"})), progress=False)
 
 
 def test_relatives_of_the_test_part_do_not_calibrate(images):
@@ -48,7 +49,7 @@ def test_relatives_of_the_test_part_do_not_calibrate(images):
         Record(images[2]),
         Record(images[3], split="validation"),
     ]
-    assert [item.record.path for item in normals_to_calibrate(records, [], progress=False)] == [images[2]]
+    assert [item.record.path for item in normals_to_calibrate(records, Seen(), progress=False)] == [images[2]]
 
 
 def test_resumed_prediction_refuses_another_threshold(run_copy, run_cli, tiny_data, tmp_path):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from blemish.seen import Seen
 
 
 @runtime_checkable
 class PartOfAnotherRun(Protocol):
     """A module that another run trained: its images can no more calibrate than the model's own.
 
-    run: that run, for messages. seen: as `blemish.checkpoint.trained_on` gives it.
+    run: that run, for messages.
     """
 
     run: str
-    seen: Mapping[str, Sequence[str]]
+    seen: Seen
 
 
 class Gaussian(NamedTuple):

@@ -13,6 +13,7 @@ from blemish.errors import CheckpointError, ConfigError
 from blemish.frozen import FrozenNetwork
 from blemish.models.contracts import Encoding
 from blemish.scores.engine import TorchScorer
+from blemish.seen import Seen
 from blemish.standardise import standardised
 
 
@@ -49,7 +50,7 @@ class RunEncoder(FrozenNetwork):
                 f"{type(model).__name__} in {run}: train one, and name its folder."
             )
         super().__init__(f"the run '{run}'", model)
-        self.run, self.seen = run, {name: detector.about[name] for name in ("trained_on", "trained_groups")}
+        self.run, self.seen = run, Seen.read(detector.about)
         self.channels, self.standardise = detector.preprocess.channels, detector.tiling.standardise
         size = detector.tiling.size
         with torch.no_grad():

@@ -21,12 +21,9 @@ from blemish.calibration import read_settings
 from blemish.checkpoint import (
     PARTS,
     about_run,
-    all_trained_on,
     assemble,
     build_model,
-    check_unseen,
     save_detector,
-    trained_on,
 )
 from blemish.data.augment import Augmentation
 from blemish.data.corruption import Corruption
@@ -50,6 +47,7 @@ from blemish.normalisation import NormalisationSettings
 from blemish.pipeline import Finished
 from blemish.preprocess import Preprocess
 from blemish.scores.contracts import FittableScore, Score, learning_parts
+from blemish.seen import Seen
 from blemish.standardise import standardised
 from blemish.sweep import Report
 from blemish.tiling import Tiling
@@ -209,8 +207,8 @@ class _Parts:
         calibrating = splits.of("calibration")
         pipeline.check_classes_told(promise, classes_of(model), len(calibrating))
         for part in parts_of_other_runs(model):
-            check_unseen(calibrating, part.seen, part.run, _APART)
-            check_unseen(splits.of("test"), part.seen, part.run, _APART, "test")
+            part.seen.check_apart(calibrating, part.run, _APART)
+            part.seen.check_apart(splits.of("test"), part.run, _APART, "test")
         augment = build(settings["augment"], where="augment") if settings["augment"].get("transforms", True) else None
         limit, disk = training.cache_gb * 2**30, training.disk_gb * 2**30
 
@@ -460,8 +458,8 @@ def _go_on(
             raise
         finally:
             write_json(run / RUN_FILE, about)
-    own = trained_on([item for name in SPLITS[:2] for item in splits.of(name)])
-    trained = all_trained_on([own, *(part.seen for part in parts_of_other_runs(model))])
+    own = Seen.of([item for name in SPLITS[:2] for item in splits.of(name)])
+    trained = own.union(part.seen for part in parts_of_other_runs(model)).to_dict()
     device = parts.device
     model = model.eval().to(device)
     with _costs_added(about):
