@@ -1,5 +1,6 @@
 """Models in feature space, against plain computations of what they say they do."""
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def test_cache_holds_all_features_and_their_moments():
     wanted = backbone(tiles()).permute(0, 2, 3, 1)
     with cached(backbone, tiles().split(7), 1.0, torch.device("cpu")) as cache:
         path = Path(cache.values.filename)
-        assert cache.tiles == 40 and cache.patches == 40 * SIDE * SIDE and path.is_file()
+        assert cache.tiles == 40 and cache.patches == 40 * SIDE * SIDE
+        assert path.exists() == (sys.platform == "win32"), "elsewhere a kill leaves no file behind"
         np.testing.assert_allclose(cache.values, wanted.half(), atol=1e-3)
         flat = wanted.reshape(-1, FEATURES)
         torch.testing.assert_close(cache.mean, flat.mean(dim=0))
@@ -105,7 +107,7 @@ def test_cache_is_bounded_and_says_so():
         cached(counting, tiles().split(7), 10.5 * bytes_of_one / 2**30, torch.device("cpu")) as cache,
     ):
         assert cache.tiles == 10 and sum(asked) == 1 + 10
-        assert Path(cache.values.filename).stat().st_size == 10 * bytes_of_one + 128, "and a header"
+        assert isinstance(cache.values, np.memmap) and cache.values.nbytes == 10 * bytes_of_one
         ends = backbone(tiles()[[0, -1]]).permute(0, 2, 3, 1)
         np.testing.assert_allclose(cache.values[[0, -1]], ends, atol=1e-3)
 
