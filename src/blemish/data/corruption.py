@@ -201,7 +201,7 @@ class Structured:
     al., arXiv 2206.11723 and 2511.07233. Shapes and fills are in `data/shapes.py` and `data/fills.py`.
 
     Args:
-        shapes, fills: names to choose from, each as often as any other; null takes all.
+        shapes, fills: names to choose from, each as often as it is named; null takes all, one as often as another.
         probability: that a tile has one corruption, given one that it has another, and so on, up to `most`.
         smallest, largest: size of the shapes, as fractions of the tile's shorter side.
         faintest: least opacity; opacities are uniform from there to 1.
