@@ -12,23 +12,11 @@ import yaml
 from blemish import pipeline
 from blemish.build import build_section
 from blemish.calibration import read_settings
-from blemish.checkpoint import (
-    about_run,
-    read_checkpoint,
-    restore,
-    save_ensemble,
-)
-from blemish.data.records import SPLITS, Record
-from blemish.data.splits import (
-    SPLITS_FILE,
-    Splits,
-    digest_files,
-    part_digests,
-    read_splits,
-    split_records,
-    write_splits,
-)
+from blemish.checkpoint import about_run, read_checkpoint, restore, save_ensemble
+from blemish.data.records import Record
+from blemish.data.splits import SPLITS_FILE, Splits, part_digests, read_splits, split_records, write_splits
 from blemish.ensemble import Ensemble, check_join, check_members, learn_units
+from blemish.errors import DataError
 from blemish.evaluation.synthetic import check_images
 from blemish.files import CONFIG_FILE, RUN_FILE, write_json, write_text
 from blemish.pipeline import Finished
@@ -70,13 +58,12 @@ def combine(
         for content, run in zip(contents, runs, strict=True)
     ]
     check_members(members)
-    first = runs[0] / SPLITS_FILE
-    other_data = other_data and not _holds(first, records)
-    splits = (
-        split_records(records, seed, **settings["split"], needed=promise.needed)
-        if other_data
-        else read_splits(first, records)
-    )
+    try:
+        splits, other_data = read_splits(runs[0] / SPLITS_FILE, records), False
+    except DataError:
+        if not other_data:
+            raise
+        splits = split_records(records, seed, **settings["split"], needed=promise.needed)
     splits = _without_fitted(splits, runs, contents, other_data)
     held_out, calibrating = splits.of("validation"), splits.of("calibration")
     pipeline.check_enough(calibrating, promise, mask_rule)
@@ -104,14 +91,6 @@ def combine(
         return pipeline.measure(out, ensemble, splits, settings["synthetic"]["images"], settings["report"]["images"])
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; it is calibrated: `blemish evaluate run={out}` measures it") from None
-
-
-def _holds(splits: Path, records: Sequence[Record]) -> bool:
-    """Whether all images of these parts are among the records."""
-    if not splits.is_file():
-        return False
-    wanted = set().union(*(part_digests(splits, part) for part in SPLITS))
-    return wanted <= set(digest_files([record.path for record in records]))
 
 
 def _without_fitted(

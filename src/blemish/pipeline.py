@@ -172,10 +172,7 @@ def digests_of(records: Sequence[SplitRecord]) -> list[str]:
 
 
 def normals_to_calibrate(
-    records: Sequence[Record],
-    seen: Seen,
-    calibrated_on: Sequence[str] = (),
-    progress: bool = True,
+    records: Sequence[Record], seen: Seen, calibrated_on: Sequence[str] = (), progress: bool = True
 ) -> list[SplitRecord]:
     """The normal images among `records` as calibration records: those marked "calibration" or, if none is, all that
     are not of the test or validation part and share no content or group with the test part.
@@ -202,8 +199,8 @@ def normals_to_calibrate(
         and (record.split == "calibration" if named else record.split in (None, "train"))
     ]
     if known := seen.among(chosen):
-        before = {item.digest: item for item in chosen if item.digest in set(calibrated_on)}
-        if before and before.keys() == set(calibrated_on):
+        before = set(calibrated_on)
+        if before and before <= {item.digest for item in chosen}:
             return [item for item in chosen if item.digest in before]
         raise CalibrationError(
             f"{len(known)} of {len(chosen)} calibration images, or others of their group, took part in training "

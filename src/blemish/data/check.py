@@ -53,13 +53,12 @@ def check(
                 readable.append(record)
     facts.append(f"sizes (width x height): {_count(f'{info.width} x {info.height}' for info in infos)}")
     facts.append(f"modes: {_count(info.mode for info in infos)}")
-    normals = [
-        (info.channels, record.path)
-        for record, info in zip(readable, infos, strict=True)
-        if record.is_normal and record.split != "test"
-    ]
+    first: dict[int, Path] = {}
+    for record, info in zip(readable, infos, strict=True):
+        if record.is_normal and record.split != "test":
+            first.setdefault(info.channels, record.path)
     try:
-        check_not_mixed(dict(reversed(normals)))
+        check_not_mixed(first)
     except DataError as error:
         problems.append(str(error))
     facts.append(f"bits per channel: {_count(str(info.bits) for info in infos)}")

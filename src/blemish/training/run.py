@@ -18,13 +18,7 @@ from torch import Tensor, nn
 from blemish import pipeline
 from blemish.build import build, build_section, locate
 from blemish.calibration import read_settings
-from blemish.checkpoint import (
-    PARTS,
-    about_run,
-    assemble,
-    build_model,
-    save_detector,
-)
+from blemish.checkpoint import PARTS, about_run, assemble, build_model, save_detector
 from blemish.data.augment import Augmentation
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
