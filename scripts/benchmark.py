@@ -37,6 +37,7 @@ import yaml
 from benchmark_cell import busy_seconds, cores_of_others, fingerprint
 from benchmark_report import latest, read_results, write_table
 from blemish import __version__
+from blemish.data.images import images_below
 from blemish.errors import BlemishError, ConfigError, nearest_names
 from blemish.files import explain_write_errors, write_json
 from blemish.settings import compose_settings
@@ -379,6 +380,8 @@ def train(cell: Cell, out: Path, run_process: Runner) -> tuple[Ended, bool]:
         if _succeeded(ended, run):
             _keep_costs(run, ended)
             return ended, True
+        if not _refused(ended):
+            return ended, True
         print(f"  cannot be resumed, begins anew: {ended.sentence}", flush=True)
     for old in (run, *run.parent.glob(f"{run.name}.*.json")):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
@@ -393,6 +396,11 @@ def train(cell: Cell, out: Path, run_process: Runner) -> tuple[Ended, bool]:
 def _succeeded(ended: Ended, run: Path) -> bool:
     """Exit code 1: some test images cannot be used, which the metrics count; or Python itself failed."""
     return ended.code in (0, 1) and _state(run) == "done"
+
+
+def _refused(ended: Ended) -> bool:
+    """Blemish said that it will never go on with that folder; not killed, out of memory, or out of disk."""
+    return ended.code == 2 and "Cannot write" not in ended.sentence
 
 
 def _costs_file(run: Path) -> Path:
@@ -444,9 +452,8 @@ def check_same_data(out: Path, roots: Mapping[str, Path]) -> None:
     known = _read(file)
     for name, root in roots.items():
         digest = hashlib.sha256()
-        for path in sorted(root.rglob("*")):
-            if path.is_file():
-                digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        for path in images_below(root):
+            digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
         if known.setdefault(name, digest.hexdigest()) != digest.hexdigest():
             raise ConfigError(
                 f"data.{name}={root} has not the files from which the results in {out} were made: take another name or "

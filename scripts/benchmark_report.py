@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from blemish.files import write_text
 from ranking import FIGURES as RANKED
-from ranking import pairs, spearman
+from ranking import of_one_seed, pairs, spearman
 
 Result = Mapping[str, Any]
 FEWEST_RANKED = 5  # trainings; an interval of fewer would say nothing
@@ -249,14 +249,18 @@ def _figures_table(groups: Sequence[Sequence[Result]]) -> str:
 def _ranking(done: Sequence[Result]) -> list[str]:
     """How well the figures without labels rank the trainings; nothing where there are few."""
     found = []
-    for name, title in RANKED.items():
-        points = np.array([both[name] for result in done if name in (both := pairs(result))])
+    alike = of_one_seed(done)
+    for name, compared in RANKED.items():
+        points = np.array([both[name] for result in alike if name in (both := pairs(result))])
         if len(points) >= FEWEST_RANKED:
             value, low, high = spearman(points)
-            found.append(f"{value:.2f} for {title} (95 % interval {low:.2f} to {high:.2f}, {len(points)} trainings)")
+            found.append(f"{compared.title} {value:.2f} (95 % interval {low:.2f} to {high:.2f}, n = {len(points)})")
     if not found:
         return []
-    return [f"Rank correlation (Spearman) of the figures on synthetic defects with those above: {', '.join(found)}."]
+    return [
+        "Rank correlation (Spearman) of the figures on synthetic defects with those of the test part, among "
+        f"trainings of seed {alike[0]['seed']}: {'; '.join(found)}."
+    ]
 
 
 def _costs_table(groups: Sequence[Sequence[Result]]) -> str:

@@ -1,12 +1,12 @@
 """How well does the figure without labels rank runs, compared with the labelled test part?
 
-    python scripts/rank_correlation.py DIR... [--out rank_correlation.png]
+    python scripts/rank_correlation.py DIR_OR_FILE... [--out rank_correlation.png]
 
-A DIR is what `benchmark.py` wrote, whose results.jsonl has a row for each training, or any folder with finished runs
-below it that have both `synthetic.json` and `metrics.json`. For each data set, or else each DIR, it prints Spearman's
-rank correlation between the AUROC on synthetic defects and that on the test part, for images and for pixels, with a
-95 % interval by bootstrap over runs, and draws a scatter plot. Ranks across data sets would only say which is easier.
-Needs the extra dev.
+A DIR is what `benchmark.py` wrote, whose results.jsonl has a row for each training (or such a FILE), or any folder with
+finished runs below it that have both `synthetic.json` and `metrics.json`. For each data set, or each DIR, it prints
+Spearman's rank correlation between figures on synthetic defects and those of the test part, with a 95 % interval by
+bootstrap over runs, and draws scatter plots. Ranks across data sets would only say which is easier, and those across
+seeds whose held-out images are; of several seeds, that of most runs is taken. Needs the extra dev.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmark_report import latest, read_results
-from ranking import FIGURES, pairs, spearman
+from ranking import FIGURES, of_one_seed, pairs, spearman
 
 
 def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """A row for each run: the group it belongs to, and {figure: (synthetic, test)} where both are defined."""
     rows = []
     for folder in folders:
-        if (folder / "results.jsonl").is_file():
-            results = latest(read_results(folder / "results.jsonl"))
-            rows += [{"group": result["data"], **pairs(result)} for result in results if result["status"] == "done"]
+        file = folder if folder.is_file() else folder / "results.jsonl"
+        if file.is_file():
+            done = [result for result in latest(read_results(file)) if result["status"] == "done"]
+            for data in dict.fromkeys(result["data"] for result in done):
+                alike = of_one_seed([result for result in done if result["data"] == data])
+                rows += [{"group": f"{data}, seed {result['seed']}", **pairs(result)} for result in alike]
             continue
         for file in sorted(folder.rglob("synthetic.json")):
             if (file.parent / "metrics.json").is_file():
@@ -51,7 +54,7 @@ def in_words(points: npt.NDArray[np.float64]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR_OR_FILE")
     parser.add_argument("--out", type=Path, default=Path("rank_correlation.png"))
     arguments = parser.parse_args()
     rows = read_runs(arguments.folders)
@@ -63,15 +66,16 @@ def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawing, axes = plt.subplots(1, len(FIGURES), figsize=(11, 5), layout="constrained")
-    for axis, (name, title) in zip(axes, FIGURES.items(), strict=True):
+    drawing, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    for axis, (name, (_, _, title)) in zip(axes.flat, FIGURES.items(), strict=True):
         axis.set(title=title, xlabel="on synthetic defects (no labels)", ylabel="on the test part")
         for group in dict.fromkeys(row["group"] for row in rows):
             points = np.array([row[name] for row in rows if row["group"] == group and name in row])
+            if not len(points):
+                continue
             said = f"{group}: {in_words(points)}"
             print(f"{title}, {said}")
-            if len(points):
-                axis.scatter(points[:, 0], points[:, 1], label=said, alpha=0.7)
+            axis.scatter(points[:, 0], points[:, 1], label=said, alpha=0.7)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     drawing.savefig(arguments.out, dpi=120)

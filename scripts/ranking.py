@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC"}
+
+class Compared(NamedTuple):
+    """A figure on synthetic defects, the figure of the test part that it is held against, and both in words."""
+
+    synthetic: str
+    test: str
+    title: str
+
+
+FIGURES = {
+    "image": Compared("image_auroc", "image_auroc", "image AUROC"),
+    "pixel": Compared("pixel_auroc", "pixel_auroc", "pixel AUROC"),
+    # What a sweep chooses by, unless told otherwise.
+    "mean": Compared("mean", "image_auroc", "mean of both against image AUROC"),
+    "outlines": Compared("mean", "aupro_0.3", "mean of both against AUPRO@0.3"),
+}
 
 
 def pairs(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """{figure: (synthetic, test)} of a run, where both are defined."""
+    """{name in FIGURES: (synthetic, test)} of a run, where both are defined."""
     synthetic, test = result.get("synthetic") or {}, result.get("figures") or {}
+    both = (synthetic.get("image_auroc"), synthetic.get("pixel_auroc"))
+    synthetic = synthetic | {"mean": None if None in both else sum(both) / 2}
     return {
-        name: (synthetic[name], test[name])
-        for name in FIGURES
-        if synthetic.get(name) is not None and test.get(name) is not None
+        name: (synthetic[compared.synthetic], test[compared.test])
+        for name, compared in FIGURES.items()
+        if synthetic.get(compared.synthetic) is not None and test.get(compared.test) is not None
     }
+
+
+def of_one_seed(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the seed that most have: another seed holds out other images, so that it draws other defects."""
+    seeds = Counter(result.get("seed") for result in results)
+    return [result for result in results if result.get("seed") == seeds.most_common(1)[0][0]] if seeds else []
 
 
 def spearman(points: npt.NDArray[np.float64], draws: int = 2000) -> tuple[float, float, float]:

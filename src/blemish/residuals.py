@@ -165,10 +165,11 @@ class MultiScaleSSIM(Residual):
 
 
 class GradientMagnitude(Residual):
-    """1 - gradient magnitude similarity, averaged over scales, in [0, 1]; grey images or the mean of channels.
+    """1 - gradient magnitude similarity, averaged over channels and scales, in [0, 1].
 
     Source: Xue et al., Gradient magnitude similarity deviation, IEEE TIP 2014 (Prewitt filters, c = 170 / 255^2);
-    several scales as in Zavrtanik et al., RIAD, Pattern Recognition 2021.
+    several scales as in Zavrtanik et al., RIAD, Pattern Recognition 2021. Unlike there, channels are compared one by
+    one: in their mean, a change of hue at the same brightness is none.
 
     Raises:
         ConfigError: scales below 1, or (in `forward`) a side is shorter than 2^scales pixels.
@@ -192,17 +193,17 @@ class GradientMagnitude(Residual):
                 f"A gradient residual of {self.scales} scales needs {2**self.scales} pixels a side, found "
                 f"{size[0]} x {size[1]}: use larger tiles or fewer scales."
             )
-        x, y = observed.mean(dim=1, keepdim=True), expected.mean(dim=1, keepdim=True)
+        x, y = observed.flatten(0, 1)[:, None], expected.flatten(0, 1)[:, None]
         total = torch.zeros_like(x)
         for scale in range(self.scales):
             difference = 1 - self.similarity(x, y)
             total = total + F.interpolate(difference, size, mode="bilinear", align_corners=False)
             if scale < self.scales - 1:
                 x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        return (total / self.scales).clamp(min=0)
+        return (total / self.scales).clamp(min=0).reshape(observed.shape).mean(dim=1, keepdim=True)
 
     def similarity(self, x: Tensor, y: Tensor) -> Tensor:
-        """Gradient magnitude similarity of two (B, 1, H, W) images at one scale."""
+        """Gradient magnitude similarity of two (N, 1, H, W) images at one scale."""
         a, b = self._magnitude(x), self._magnitude(y)
         return (2 * a * b + self.c) / (a.square() + b.square() + self.c)
 

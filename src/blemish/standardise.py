@@ -43,6 +43,13 @@ class Light(NamedTuple):
         variance = tile_mean((x - mean).square()) * (values / max(values - 1, 1))
         return cls(mean, variance.sqrt().clamp(min=_LEAST_SPREAD))
 
+    def relative_to(self, standardised: Light) -> Light:
+        """The light to remove from tiles that were changed after they had been standardised, and then had that light.
+
+        Not simply their own: a tile with less contrast than `_LEAST_SPREAD` was left with little.
+        """
+        return Light(self.mean, self.std * (SPREAD / standardised.std))
+
     def remove(self, x: Tensor) -> Tensor:
         """Tiles (B, C, H, W) in [0, 1] to standardised ones, around [0, 1]."""
         return (x - self.mean) * (SPREAD / self.std) + LEVEL

@@ -190,21 +190,41 @@ class _Search:
             return kinds.IntDistribution(int(part.low), int(part.high), log=part.log)
         return kinds.FloatDistribution(part.low, part.high, log=part.log)
 
-    def next(self) -> Run | None:
-        optuna = self._optuna
-        while True:
-            if self._interrupted:
-                trial = self._interrupted.pop(0)
+    def _begun(self) -> Any | None:
+        """The next trial, with a value for each setting; None if there were enough."""
+        trial = self._interrupted.pop(0) if self._interrupted else None
+        number = trial.number if trial else len(self._study.get_trials(deepcopy=False))
+        if number >= self._settings.trials and not trial:
+            return None
+        distributions = {part.key: self._distribution(part) for part in self._space}
+        if trial and distributions.keys() <= trial.params.keys():
+            return trial
+        sampler = self._optuna.samplers.TPESampler(
+            seed=(self._settings.seed * 1_000_003 + number) % 2**32,
+            n_startup_trials=self._settings.startup_trials,
+            constant_liar=self._settings.jobs > 1,
+        )
+        self._study.sampler = sampler
+        if not trial:
+            return self._study.ask(distributions)
+        # A kill came between two of its values. Those it has are drawn again, so that the others follow as they would.
+        frozen = self._study.get_trials(deepcopy=True)[number]
+        for key, distribution in distributions.items():
+            if key in trial.params:
+                sampler.sample_independent(self._study, frozen, key, distribution)
+            elif isinstance(distribution, self._optuna.distributions.CategoricalDistribution):
+                trial.suggest_categorical(key, distribution.choices)
+            elif isinstance(distribution, self._optuna.distributions.IntDistribution):
+                trial.suggest_int(key, distribution.low, distribution.high, log=distribution.log)
             else:
-                number = len(self._study.get_trials(deepcopy=False))
-                if number >= self._settings.trials:
-                    return None
-                self._study.sampler = optuna.samplers.TPESampler(
-                    seed=(self._settings.seed * 1_000_003 + number) % 2**32,
-                    n_startup_trials=self._settings.startup_trials,
-                    constant_liar=self._settings.jobs > 1,
-                )
-                trial = self._study.ask({part.key: self._distribution(part) for part in self._space})
+                trial.suggest_float(key, distribution.low, distribution.high, log=distribution.log)
+        return trial
+
+    def next(self) -> Run | None:
+        while True:
+            trial = self._begun()
+            if trial is None:
+                return None
             overrides = [f"{part.key}={_written(trial.params[part.key])}" for part in self._space]
             run = Run(str(trial.number), overrides)
             self._trials[run.run] = trial

@@ -172,6 +172,30 @@ def test_a_kill_between_the_table_and_the_study_loses_no_run():
     assert table("out") == table("whole") and calls("out", 1) == ["started"]
 
 
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_kill_between_two_values_of_a_trial_changes_nothing(written):
+    pytest.importorskip("optuna")
+    space = (*LINE, Interval("steps", 1, 9, integer=True, log=True), Choice("y", ("a", "b", "c")))
+    run_sweep("whole", space, **SEARCH)
+    run_sweep("out", space, **SEARCH | {"trials": 4})
+    with sqlite3.connect("out/study.db") as study:  # as if the last trial had been killed while it drew its values
+        study.execute("delete from trial_values where trial_id = 4")
+        study.execute("update trials set state = 'RUNNING', datetime_complete = null where trial_id = 4")
+        drawn = study.execute("select param_name from trial_params where trial_id = 4 order by param_id")
+        names = [name for (name,) in drawn]
+        assert names == ["x", "steps", "y"]
+        for name in names[written:]:
+            study.execute("delete from trial_params where trial_id = 4 and param_name = ?", (name,))
+    Path("out/sweep.json").write_text(json.dumps(forget(Path("out/sweep.json"), "3")))
+    run_sweep("out", space, **SEARCH)
+    assert table("out") == table("whole")
+
+
+def forget(file, run):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content | {"runs": [row for row in content["runs"] if row["run"] != run]}
+
+
 def test_finished_search_goes_on_with_more_trials():
     pytest.importorskip("optuna")
     run_sweep("out", LINE, sampler="tpe", trials=2)

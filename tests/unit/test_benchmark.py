@@ -227,6 +227,22 @@ def test_what_cannot_be_resumed_begins_anew(bench, cells, tmp_path):
     assert again.trained == ["dice/plain/0"]
 
 
+@pytest.mark.parametrize(
+    ("code", "sentence"), [(-9, "killed"), (2, "blemish: Cannot write x: the disk is full"), (70, "a bug")]
+)
+def test_what_could_be_resumed_another_time_is_kept(bench, cells, tmp_path, code, sentence):
+    class Unlucky(Fake):
+        def __call__(self, command, log):
+            return self.bench.Ended(code, 1.0, 1.0, 50.0, sentence)
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.benchmark(cells[:1], tmp_path, Fake(bench, stops=["dice/plain/0"]))
+    assert bench.benchmark(cells[:1], tmp_path, Unlucky(bench)) == 1
+    again = Fake(bench)
+    assert bench.benchmark(cells[:1], tmp_path, again) == 0
+    assert again.resumed == ["dice/plain/0"] and again.trained == []
+
+
 def test_other_settings_begin_anew(bench, settings, cells, tmp_path):
     bench.benchmark(cells[:1], tmp_path, Fake(bench))
     changed = settings(SETTINGS.replace("training.steps=200", "training.steps=300")).cells({"dice": tmp_path / "dice"})
@@ -360,6 +376,18 @@ def test_another_folder_under_the_same_name_is_refused(bench, tmp_path):
         bench.check_same_data(out, {"dice": second})
 
 
+def test_images_behind_a_link_count(bench, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "image.png").write_text("a")
+    root, out = tmp_path / "root", tmp_path / "out"
+    root.mkdir()
+    (root / "train").symlink_to(tmp_path / "elsewhere")
+    bench.check_same_data(out, {"dice": root})
+    (tmp_path / "elsewhere" / "image.png").write_text("ab")
+    with pytest.raises(ConfigError, match="has not the files"):
+        bench.check_same_data(out, {"dice": root})
+
+
 def test_a_failed_seed_hides_no_other(report):
     done, other = line(config_fingerprint="new"), line(config_fingerprint="old", seed=2)
     failed = {key: value for key, value in line(status="failed", seed=1).items() if key != "config_fingerprint"}
@@ -383,13 +411,16 @@ def test_the_figures_without_labels_are_held_against_the_test_part(scripts, repo
         line(f"row{number}", image_auroc=test, synthetic={"image_auroc": synthetic, "pixel_auroc": None})
         for number, (synthetic, test) in enumerate(figures)
     ]
+    lines.append(line("row0", seed=1, image_auroc=0.1, synthetic={"image_auroc": 0.99, "pixel_auroc": None}))
     expected = stats.spearmanr([a for a, _ in figures], [b for _, b in figures]).statistic
     page = report.markdown(lines)
-    assert f"with those above: {expected:.2f} for image AUROC (95 % interval" in page and ", 6 trainings)" in page
+    assert f"of seed 0: image AUROC {expected:.2f} (95 % interval" in page and ", n = 6)" in page
     assert "Rank correlation" not in report.markdown(lines[:4]), "too few to say"
     (tmp_path / "results.jsonl").write_text("\n".join(json.dumps(each) for each in lines))
-    rows = ranking.read_runs([tmp_path])
-    assert [(row["group"], row["image_auroc"]) for row in rows] == [("dice", pair) for pair in figures]
+    for source in (tmp_path, tmp_path / "results.jsonl"):
+        rows = ranking.read_runs([source])
+        assert [(row["group"], row["image"]) for row in rows] == [("dice, seed 0", pair) for pair in figures]
+        assert {tuple(row) for row in rows} == {("group", "image")}, "no mean of one figure"
     assert ranking.in_words(np.array(figures)).startswith(f"{expected:.2f} (")
 
 

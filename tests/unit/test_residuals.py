@@ -310,8 +310,16 @@ def test_gradient_similarity_map_against_scipy():
 def test_gradient_of_one_scale_is_the_similarity_map():
     x, y = textures((2, 3, 24, 24))
     residual = GradientMagnitude(scales=1)
-    grey_x, grey_y = x.mean(dim=1, keepdim=True), y.mean(dim=1, keepdim=True)
-    torch.testing.assert_close(residual(x, y), 1 - residual.similarity(grey_x, grey_y), atol=1e-6, rtol=0)
+    maps = [1 - residual.similarity(x[:, [channel]], y[:, [channel]]) for channel in range(3)]
+    torch.testing.assert_close(residual(x, y), sum(maps) / 3, atol=1e-6, rtol=0)
+
+
+def test_gradient_sees_a_hue_of_the_same_brightness():
+    x, _ = textures((1, 3, 32, 32))
+    y = x.clone()
+    y[..., 8:24, 8:24] += torch.tensor([0.3, -0.3, 0.0])[:, None, None]
+    torch.testing.assert_close(x.mean(dim=1), y.mean(dim=1))
+    assert GradientMagnitude()(x, y)[..., 7:25, 7:25].mean() > 0.02
 
 
 def test_gradient_averages_its_scales():

@@ -22,6 +22,7 @@ from blemish.scores.repair import MaskScore
 from blemish.scores.residual import ResidualScore
 from blemish.scores.restoration import InpaintingScore, RecursiveScore
 from blemish.scores.variational import ElboScore, KlScore, MonteCarloScore, kl_map
+from blemish.standardise import Light, standardised
 from blemish.training.objectives import ReconstructionObjective
 
 TINY = {"channels": 1, "width": 4, "depth": 2, "latent_dim": 3}
@@ -239,6 +240,14 @@ def test_one_step_of_projection_by_hand():
     torch.testing.assert_close(score, (x - by_hand).square().mean(1, keepdim=True))
 
 
+@pytest.mark.parametrize("residual", [L1(), L2()])
+def test_projection_reaches_what_the_model_knows_however_near_it_is(residual):
+    x = torch.full((2, 1, 8, 8), 0.5)
+    x[1] += 0.1
+    projected = ProjectionScore(residual, weight=0.0).project(Map(lambda x: 0 * x + 0.5), x + 0.1)
+    torch.testing.assert_close(projected, torch.full_like(x, 0.5), atol=0.03, rtol=0)
+
+
 def test_projection_leaves_alone_what_the_model_knows():
     def right_half(x):
         return torch.cat([x[..., :8], torch.full_like(x[..., 8:], 0.5)], -1)
@@ -298,6 +307,27 @@ def test_inpainting_by_hand_with_a_model_that_returns_what_it_sees():
     result, expected = score.explain(identity, x)
     torch.testing.assert_close(result, sum(L2()(x, y) for y in painted) / 2)
     torch.testing.assert_close(expected, sum(painted) / 2)
+
+
+@pytest.mark.parametrize("contrast", [0.5, 0.004])  # of the raw tile; the lesser is less than is brought to full
+def test_inpainting_shows_a_standardised_tile_as_training_does(contrast):
+    raw = 0.3 + contrast * tiles()
+    score = InpaintingScore(L1(), cells=[4], standardise=True)
+    seen = []
+
+    def remember(x):
+        seen.append(x)
+        return x
+
+    painted = score.paint(Map(remember), standardised(raw), 4)
+    for shown, hidden in zip(seen, score.masks(16, 16, 4), strict=True):
+        mean = (raw * ~hidden).sum(dim=(2, 3), keepdim=True) / (~hidden).sum()
+        given = torch.where(hidden, mean, raw)
+        if contrast > 0.1:  # training hides first, then standardises
+            torch.testing.assert_close(shown, standardised(given), atol=1e-4, rtol=1e-4)
+        light = Light.of(raw)
+        # What is painted is in the light of the tile that was scored: here, the mean of what was visible.
+        torch.testing.assert_close(painted[:, :, hidden], light.remove(mean).expand_as(painted)[:, :, hidden])
 
 
 def test_inpainting_refuses_a_tile_with_too_few_cells():

@@ -145,7 +145,9 @@ class NoiseDrawsScore(AugmentedScore):
 
     Args:
         score: what is averaged.
-        std: of the noise, in units of the image range. draws: how many. seed: of the noise.
+        std: of the noise, in units of what the model is shown, of which standardised tiles have a standard deviation
+            of 0.2: training adds noise before it standardises, so that it depends on a tile's contrast there.
+        draws: how many. seed: of the noise.
 
     Raises:
         ConfigError: std is negative, draws below 1, or (in use) the model is not in pixel space.

@@ -73,7 +73,8 @@ class ProjectionScore(ExplainedScore):
     Source: Dehaene et al., Iterative energy-based projection on a normal data manifold, arXiv 2002.03734. The energy is
     residual(x, model(x)) + weight * |x - tile|, and the gradient is multiplied by (x - expected)^2, so that only what
     the model does not know is changed. Sums run over pixel values, not means, so that `rate` suits every tile size.
-    Unlike there, a step that would raise a tile's energy is taken back, and from then on the tile's rate is halved.
+    Unlike there, a tile's rate grows by half after each step that lowers its energy, and is halved after one that would
+    raise it, which is taken back: squares of small differences are far smaller than any one rate suits.
 
     Args:
         residual: the per-pixel distance.
@@ -115,6 +116,7 @@ class ProjectionScore(ExplainedScore):
                 better = energy < lowest
                 nearest = torch.where(better, x, nearest)
                 direction = torch.where(better, (slope + self.weight * way.sign()) * (x - expected).square(), direction)
-                lowest, rate = torch.where(better, energy, lowest), torch.where(better, rate, rate / 2)
+                grown = torch.where(lowest.isinf(), rate, rate * 1.5)  # no step led to the tile itself
+                lowest, rate = torch.where(better, energy, lowest), torch.where(better, grown, rate / 2)
                 x = bounded(nearest - rate * direction, tile)
         return nearest

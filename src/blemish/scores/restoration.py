@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError
 from blemish.residuals import Residual
 from blemish.scores.contracts import NO_RANDOM_NUMBERS, ExplainedScore, bounded, check_counts, expected_tile
+from blemish.standardise import Light
 
 
 class RecursiveScore(ExplainedScore):
@@ -49,6 +50,8 @@ class InpaintingScore(ExplainedScore):
     Args:
         residual: the per-pixel distance.
         cells: sides of the square cells, in pixels. parts: number of sets. seed: of the dealing.
+        standardise: tiles are standardised, so that what is left visible is brought to the same light again, as in
+            training; what the model paints is brought back.
 
     Raises:
         ConfigError: arguments out of range, or (in use) a tile has too few cells, or the model is not in pixel space.
@@ -56,7 +59,14 @@ class InpaintingScore(ExplainedScore):
 
     unexportable = NO_RANDOM_NUMBERS
 
-    def __init__(self, residual: Residual, cells: Sequence[int] = (4, 8, 16), parts: int = 3, seed: int = 0) -> None:
+    def __init__(
+        self,
+        residual: Residual,
+        cells: Sequence[int] = (4, 8, 16),
+        parts: int = 3,
+        seed: int = 0,
+        standardise: bool = False,
+    ) -> None:
         super().__init__()
         check_counts(parts=parts)
         if not cells or any(not isinstance(cell, int) or cell < 1 for cell in cells) or parts < 2:
@@ -64,6 +74,7 @@ class InpaintingScore(ExplainedScore):
                 f"Expected score.cells of whole pixels and score.parts >= 2, found {list(cells)} and {parts}."
             )
         self.residual, self.cells, self.parts, self.seed = residual, list(cells), parts, seed
+        self.standardise = standardise
 
     @torch.inference_mode()
     def explain(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +89,11 @@ class InpaintingScore(ExplainedScore):
             hidden = hidden.to(x.device)
             visible = ~hidden
             mean = (x * visible).sum(dim=(2, 3), keepdim=True) / visible.sum()
-            expected = expected_tile(model(torch.where(hidden, mean, x)), x, self)
-            painted = torch.where(hidden, expected, painted)
+            given = torch.where(hidden, mean, x)
+            # Hiding takes contrast away; in training it came first, and the tile was standardised after it.
+            light = Light.of(given).relative_to(Light.of(x)) if self.standardise else None
+            expected = expected_tile(model(light.remove(given) if light else given), x, self)
+            painted = torch.where(hidden, light.restore(expected) if light else expected, painted)
         return painted
 
     def masks(self, height: int, width: int, cell: int) -> Iterator[Tensor]:
