@@ -101,7 +101,8 @@ def fingerprint(
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
     for name, tensor in (*sorted(state.items()), *sorted(score.items())):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        # Not a copy: banks are large.
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     if normalisation:
         digest.update(normalisation.location.tobytes() + normalisation.scale.tobytes())
     return digest.hexdigest()

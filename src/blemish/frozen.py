@@ -34,7 +34,8 @@ class Fingerprinted(nn.Module):
         digest = hashlib.sha256()
         for key, tensor in tensors.items():
             tensor = tensor.detach().float().contiguous()
-            digest.update(f"{key} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+            digest.update(f"{key} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
         self.fingerprint = int.from_bytes(digest.digest()[:8], "little", signed=True)
 
     def get_extra_state(self) -> Tensor:

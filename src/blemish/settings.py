@@ -12,7 +12,10 @@ from typing import Any
 from blemish.errors import ConfigError, nearest_names
 from blemish.sweep import Choice, Interval
 
-_MAY_BE_NULL = ("training.patience", "image.short_side", "image.size", "image.square", "model.dimensions")
+_MAY_BE_NULL = (
+    *("training.patience", "training.max_tiles", "model.dimensions"),
+    *("image.short_side", "image.size", "image.square"),
+)
 _MAY_BE_A_WORD = {"training.batch_size": "auto"}
 _MAY_BE_LISTS = ("input", "runs")
 _PATHS_BY_DEFAULT_NULL = ("out", "resume", "mask", "card", "backbone.cache")

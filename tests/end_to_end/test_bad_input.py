@@ -158,6 +158,7 @@ TABLE = [
     (FEW + "training.learning_rate=fast", "training.learning_rate"),
     (FEW + "training.workers=-1", "training.workers"),
     (FEW + "training.patience=0", "training.patience"),
+    (FEW + "training.max_tiles=0", "training.max_tiles >= 1 or null"),
     (FEW + "training.channels_last=3", "training.channels_last"),
     (FEW + "training.cache_gb=-1", "training.cache_gb"),
     (FEW + "seed=abc", "seed"),

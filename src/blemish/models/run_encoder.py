@@ -24,6 +24,8 @@ class RunEncoder(FrozenNetwork):
     zeros, as they did while they were trained: what they say at a tile's border is not what they say inside. The images
     that trained that run (`seen`) count among those that train the model which asks.
 
+    Tiles must have sides in multiples of `step` pixels.
+
     Args:
         run: folder that `blemish train` made, of a model that is `Encoding`, such as conv_ae, vae or repair_ae.
 
@@ -54,7 +56,8 @@ class RunEncoder(FrozenNetwork):
         self.channels, self.standardise = detector.preprocess.channels, detector.tiling.standardise
         size = detector.tiling.size
         with torch.no_grad():
-            self.features: int = self._grid(torch.zeros(1, self.channels, size, size)).shape[1]
+            grid = self._grid(torch.zeros(1, self.channels, size, size))
+        self.features, self.step = grid.shape[1], max(1, size // grid.shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1 or 3, H, W), values around [0, 1] -> (B, D, h, w), D = `features`."""

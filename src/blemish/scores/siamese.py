@@ -10,8 +10,6 @@ from blemish.errors import ConfigError
 from blemish.models.run_encoder import RunEncoder
 from blemish.scores.contracts import ExplainedScore, compared, enlarged
 
-_STEP = 32  # pixels; encoders halve a tile up to five times
-
 
 class SiameseScore(ExplainedScore):
     """How differently a trained run's encoder sees observed and expected: (1 - cosine) / 2 of their codes, in [0, 1].
@@ -44,17 +42,14 @@ class SiameseScore(ExplainedScore):
         if output.valid is not None:
             # Before the encoder looks, whose neighbouring places would see the edge of what is missing.
             observed = torch.where(output.valid, observed, output.expected)
-        seen, wanted = (self._code(image) for image in (observed, output.expected))
+        step = self.encoder.step
+        seen, wanted = (self.encoder(_lengthened(image.float(), step)) for image in (observed, output.expected))
         height, width = observed.shape[-2:]
         distance = (1 - F.cosine_similarity(seen, wanted)[:, None]).clamp(min=0) / 2
-        return compared(enlarged(distance, _lengthened(observed))[..., :height, :width], output), output.expected
-
-    def _code(self, image: Tensor) -> Tensor:
-        code: Tensor = self.encoder(_lengthened(image.float()))
-        return code
+        return compared(enlarged(distance, _lengthened(observed, step))[..., :height, :width], output), output.expected
 
 
-def _lengthened(x: Tensor) -> Tensor:
-    """(B, C, H, W) with its last row and column repeated, until both sides are multiples of `_STEP`."""
+def _lengthened(x: Tensor, step: int) -> Tensor:
+    """(B, C, H, W) with its last row and column repeated, until both sides are multiples of `step`."""
     height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % _STEP, 0, -height % _STEP), mode="replicate")
+    return F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")

@@ -58,6 +58,7 @@ class TrainingSettings:
         patience: epochs without a better validation loss before training stops; null never stops early.
         workers: processes that prepare tiles (0: none). channels_last: memory format of the model.
         cache_gb: memory for decoded images. disk_gb: temporary disk space for those beyond that.
+        max_tiles: what models and scores that learn by themselves learn from, evenly spread; null takes all tiles.
         panel_every: epochs between pictures in TensorBoard.
         compile: whether torch.compile prepares the model, see `check_compile`.
 
@@ -78,6 +79,7 @@ class TrainingSettings:
     disk_gb: float = 16.0
     accumulate: int = 1
     compile: bool = False
+    max_tiles: int | None = 1000
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "steps_per_epoch", "learning_rate", "panel_every"):
@@ -91,8 +93,9 @@ class TrainingSettings:
         for name in ("weight_decay", "workers", "cache_gb", "disk_gb"):
             if getattr(self, name) is None or getattr(self, name) < 0:
                 raise ConfigError(f"Expected training.{name} >= 0, found {getattr(self, name)}.")
-        if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"Expected training.patience >= 1 or null, found {self.patience}.")
+        for name in ("patience", "max_tiles"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"Expected training.{name} >= 1 or null, found {getattr(self, name)}.")
 
 
 def fit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -62,7 +63,6 @@ from blemish.training.objectives import ReconstructionObjective
 _LARGEST_TILE, _TILE_STEP = 192, 32  # pixels; models halve a tile up to five times
 _COSTS = ("training_seconds", "training_core_seconds")
 _APART = "give both runs the same data, seed, split and calibration, so that both set the same images aside"
-_MOST_TO_LEARN = 1000  # tiles, for models and scores that learn by themselves
 
 
 def start(
@@ -236,7 +236,8 @@ class _Parts:
                 *(() if isinstance(self.model, Contrasting) else ("corruption",)),
             )
             kept = tuple(
-                f"training.{name}=" for name in ("batch_size", "cache_gb", "disk_gb", "channels_last", "workers")
+                f"training.{name}="
+                for name in ("batch_size", "cache_gb", "disk_gb", "max_tiles", "channels_last", "workers")
             )
             given = [
                 word for word in overrides if word.lstrip("+~").startswith(for_others) and not word.startswith(kept)
@@ -291,9 +292,13 @@ class _Parts:
 
     def _normal(self, augment: Augmentation | None = None) -> ValidationTiles:
         """Training tiles in fixed places."""
-        tiles = ValidationTiles(self.tiles.images, self.tiling, _MOST_TO_LEARN, augment, self.tiles.seed)
+        most = self.training.max_tiles
+        tiles = ValidationTiles(self.tiles.images, self.tiling, most or sys.maxsize, augment, self.tiles.seed)
         if len(tiles) < tiles.total:
-            print(f"learning from {len(tiles)} of {tiles.total} training tiles, evenly spread", flush=True)
+            print(
+                f"learning from {len(tiles)} of {tiles.total} training tiles, evenly spread: training.max_tiles={most}",
+                flush=True,
+            )
         return tiles
 
     def shown(self, tiles: ValidationTiles, device: str) -> Iterator[Tensor]:
