@@ -53,6 +53,14 @@ def figures_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def kinds_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """{kind of defect: figures}, from metrics.json."""
+    return {
+        kind: {"image_auroc": found["image_auroc"], "aupro_0.3": found["aupro_0.3"], "defects": found["images"]}
+        for kind, found in metrics["kinds"].items()
+    }
+
+
 def chance_of_alarms(n: int, k: int, normals: int, alarms: int) -> float | None:
     """How likely so many false alarms or more are if test and calibration normals are exchangeable: BetaBinomial."""
     from scipy import stats
@@ -226,11 +234,13 @@ def measure(run: Path) -> dict[str, Any]:
     inference |= {f"batch_{batch}": detector_speed(detector, images, batch) for batch in BATCHES}
     steps, seconds = trained_steps(run), about.get("training_seconds")
     tiles = settings["training"]["batch_size"] * settings["training"].get("accumulate", 1)
-    figures = figures_of(read_json(run / "metrics.json"))
+    metrics = read_json(run / "metrics.json")
+    figures = figures_of(metrics)
     alarms = figures["false_alarms"]
     figures["chance"] = chance_of_alarms(card.n, card.rank, figures["normals"], alarms) if card.rank else None
     return {
         "figures": figures,
+        "kinds": kinds_of(metrics),
         "synthetic": synthetic_of(run),
         "calibration": {"alpha": card.promise.alpha, "rule": card.promise.rule, "n": card.n, "rank": card.rank},
         "training": {

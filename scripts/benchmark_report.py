@@ -201,7 +201,8 @@ def _section(name: str, done: Sequence[Result], failed: Sequence[Result]) -> str
     groups = [[result for result in done if result["row"] == row] for row in _names(done, "row")]
     lines = [f"## {name}"]
     if groups:
-        lines += [_data_words(done), _figures_table(groups), *_ranking(done), _costs_table(groups), *_remarks(done)]
+        lines += [_data_words(done), _figures_table(groups), *_kinds_tables(groups), *_ranking(done)]
+        lines += [_costs_table(groups), *_remarks(done)]
     if failed:
         lines.append(
             "Failed:\n\n"
@@ -244,6 +245,22 @@ def _figures_table(groups: Sequence[Sequence[Result]]) -> str:
             row.append(spread(_take(group, "synthetic", "pixel_auroc"), three))
         rows.append(row)
     return as_table(headers + (["synthetic image AUROC", "synthetic pixel AUROC"] if synthetic else []), rows)
+
+
+def _kinds_tables(groups: Sequence[Sequence[Result]]) -> list[str]:
+    """Each kind of defect against all normal images, mean over seeds; nothing where there is one kind."""
+    groups = [known for group in groups if (known := [result for result in group if result.get("kinds")])]
+    kinds = list(dict.fromkeys(kind for group in groups for result in group for kind in result["kinds"]))
+    tables = []
+    for title, name in (("image AUROC", "image_auroc"), ("AUPRO@0.3", "aupro_0.3")):
+        rows = []
+        for group in groups:
+            found = [[value for value in _take(group, "kinds", kind, name) if value is not None] for kind in kinds]
+            if any(found):
+                rows.append([_title(group), *(three(statistics.mean(values)) if values else "-" for values in found)])
+        if rows and len(kinds) > 1:
+            tables += [f"By kind of defect, {title}:", as_table(["row", *kinds], rows)]
+    return tables
 
 
 def _ranking(done: Sequence[Result]) -> list[str]:

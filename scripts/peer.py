@@ -267,7 +267,8 @@ def measure(job: Mapping[str, Any]) -> None:
         empty = np.zeros(score_map.shape, bool)
         decided = Prediction(score_map, score, card.p_value(score), score > card.threshold, empty, [], card.threshold)
         evaluation.add(record.kind, decided, truth)
-    figures = benchmark_cell.figures_of(evaluation.result() | {"unreadable": unreadable})
+    metrics = evaluation.result() | {"unreadable": unreadable}
+    figures = benchmark_cell.figures_of(metrics)
     figures["chance"] = benchmark_cell.chance_of_alarms(card.n, card.rank, figures["normals"], figures["false_alarms"])
 
     images = benchmark_cell.in_memory(sample, read_pixels)

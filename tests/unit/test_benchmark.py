@@ -320,6 +320,21 @@ def test_mean_and_spread_by_hand(report):
     assert "4 trainings are behind these figures (2026-01-02)" in page
 
 
+def test_kinds_of_defects_have_tables_of_their_own(report):
+    def kinds(*values):
+        found = zip(("crack", "dent"), values, strict=True)
+        return {kind: {"image_auroc": value, "aupro_0.3": None, "defects": 3} for kind, value in found}
+
+    lines = [line(seed=0, kinds=kinds(0.5, 0.9)), line(seed=1, kinds=kinds(0.7, None)), line("old")]
+    page = report.markdown(lines)
+    assert "By kind of defect, image AUROC:" in page and "By kind of defect, AUPRO" not in page
+    assert row_of(page, "best", 1) == ["best", "0.600", "0.900"]
+    table = page.split("By kind of defect")[1].split("\n\n")[1]
+    assert "best" in table and "old" not in table
+    one = {"crack": kinds(0.5, 0.9)["crack"]}
+    assert "By kind" not in report.markdown([line(kinds=one)])
+
+
 def test_a_figure_that_one_seed_lacks_has_no_mean(report):
     page = report.markdown([line(pixel_auroc=0.9), line(seed=1)])
     assert row_of(page, "best")[3] == "-"
