@@ -12,6 +12,7 @@ from scipy.spatial.distance import cdist, mahalanobis
 from torch import nn
 
 from blemish.errors import ConfigError
+from blemish.models import feature_cache
 from blemish.models.backbones import Backbone, Lite0Backbone
 from blemish.models.contracts import Fittable, Output
 from blemish.models.feature_ae import FeatureAutoencoder
@@ -132,44 +133,60 @@ def kept_features(folder, normal=None, **changes):
 def test_features_that_are_kept_are_computed_once(tmp_path, looked):
     folder = tmp_path / "some" / "cache"
     first = kept_features(folder)
-    assert sum(looked) >= 40
+    assert sum(looked) == 2 + 40, "the probe of a new backbone, and a picture to know it by"
     looked.clear()
     again = kept_features(folder)
-    assert looked == [1, 1], "the probe of a new backbone, and one tile to know what it says"
+    assert looked == [1, 1]
     for before, after in zip(first, again, strict=True):
         np.testing.assert_array_equal(before, after)
     with cached(Tiny(), tiles().split(7), 1.0, torch.device("cpu")) as cache:
         np.testing.assert_array_equal(cache.values, first[0])
         assert torch.equal(cache.mean, first[1]) and torch.equal(cache.deviation, first[2])
-    assert sorted(path.suffix for path in folder.iterdir()) == [".npy", ".npz"]
+    assert {path.suffix for path in folder.glob("*/*")} == {".npz"} and len(list(folder.glob("*/*"))) == 40
 
 
-@pytest.mark.parametrize("changes", [{"average": 3}, {"normal": tiles(seed=1)}, {"normal": tiles()[:39]}])
-def test_other_tiles_and_other_settings_are_other_features(tmp_path, looked, changes):
+def test_of_other_tiles_only_the_new_ones_are_computed(tmp_path, looked):
     kept_features(tmp_path)
     looked.clear()
-    kept_features(tmp_path, **changes)
-    assert sum(looked) >= 39
-    assert len(list(tmp_path.iterdir())) == 4
+    values, *_ = kept_features(tmp_path, normal=torch.cat([tiles(3, seed=1), tiles()[5:]]))
+    assert sum(looked) == 2 + 3
+    np.testing.assert_array_equal(values[3:], kept_features(tmp_path)[0][5:])
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_damaged_features_are_computed_again(tmp_path, looked, suffix):
+def test_another_backbone_is_asked_anew(tmp_path, looked):
+    kept_features(tmp_path)
+    looked.clear()
+    kept_features(tmp_path, average=3)
+    assert sum(looked) == 2 + 40 and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", [b"damaged", b""])
+def test_damaged_features_are_computed_again(tmp_path, looked, content):
     first = kept_features(tmp_path)
-    next(tmp_path.glob(f"*{suffix}")).write_bytes(b"damaged")
+    sorted(tmp_path.glob("*/*"))[0].write_bytes(content)
     looked.clear()
     np.testing.assert_array_equal(kept_features(tmp_path)[0], first[0])
-    assert sum(looked) >= 40
+    assert sum(looked) == 2 + 1
 
 
-def test_nothing_half_written_stays(tmp_path, monkeypatch):
-    def stop(self, grids):
-        raise KeyboardInterrupt
+def test_what_was_computed_before_a_stop_is_kept_and_whole(tmp_path, monkeypatch, looked):
+    add, added = feature_cache._Moments.add, []
 
-    monkeypatch.setattr("blemish.models.feature_cache._Moments.add", stop)
-    with pytest.raises(KeyboardInterrupt):
-        kept_features(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    def stop(self, grid):
+        added.append(grid)
+        if len(added) > 10:
+            raise KeyboardInterrupt
+        add(self, grid)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_cache._Moments, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            kept_features(tmp_path)
+    files = list(tmp_path.glob("*/*"))
+    assert len(files) == 14 and {file.suffix for file in files} == {".npz"}, "two batches of 7"
+    looked.clear()
+    kept_features(tmp_path)
+    assert sum(looked) == 2 + 26
 
 
 def test_nothing_to_learn_from_and_features_too_large_are_one_sentence():

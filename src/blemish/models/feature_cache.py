@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blemish.errors import ConfigError
-from blemish.files import explain_write_errors
+from blemish.files import atomic, explain_write_errors
 
 _LEAST = 0.01  # of the mean deviation
 
@@ -100,16 +101,12 @@ def cached(
         batches: are gone through twice.
         gigabytes: the file's largest size; of more tiles, so many as fit are taken, evenly spread, with a warning.
         setting: that says so, for the warning.
-        folder: where the file stays, for whoever asks for the same tiles and backbone again; None for a temporary one.
+        folder: keeps what the backbone says of each tile, for whoever asks it about the same tile again.
 
     Raises:
         ConfigError: there is no tile, or a feature does not fit float16. BlemishError: the disk is full.
     """
-    total, digest = 0, hashlib.sha256()
-    for batch in batches:
-        total += len(batch)
-        if folder:
-            digest.update(batch.cpu().contiguous().numpy().tobytes())
+    total = sum(len(batch) for batch in batches)
     if not total:
         raise ConfigError("A model that compares features learns from normal tiles, found none.")
 
@@ -118,97 +115,122 @@ def cached(
         with torch.no_grad():
             return backbone(tiles.to(device)).float().permute(0, 2, 3, 1).cpu()
 
-    first = features(next(iter(batches))[:1])
-    fitting = max(1, int(gigabytes * 2**30 / (2 * first.numel())))
-    kept = np.arange(total)
+    shape = next(iter(batches)).shape[1:]
+    probe = features(torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)))
+    fitting = max(1, int(gigabytes * 2**30 / (2 * probe.numel())))
+    chosen = np.arange(total)
     if fitting < total:
         warnings.warn(
             f"features of {fitting} of {total} tiles, evenly spread, fit into {setting}={gigabytes:g}: raise it "
             "to learn from more",
             stacklevel=2,
         )
-        kept = np.unique(np.linspace(0, total - 1, fitting).round().astype(int))
+        chosen = np.unique(np.linspace(0, total - 1, fitting).round().astype(int))
+
+    kept = _Kept(folder, probe) if folder else None
+
+    def grids(tiles: Tensor) -> list[_Grid]:
+        known = {place: grid for place, tile in enumerate(tiles) if (grid := kept.read(tile))} if kept else {}
+        missing = [place for place in range(len(tiles)) if place not in known]
+        for place, said in zip(missing, features(tiles[missing]) if missing else (), strict=True):
+            known[place] = _Grid.of(said)
+            if kept:
+                kept.write(tiles[place], known[place])
+        return [known[place] for place in range(len(tiles))]
 
     def compute(path: Path) -> tuple[Tensor, Tensor]:
         """Write the features to `path`; their mean and deviation."""
-        moments, seen = _Moments(first), 0
-        shape = (len(kept), *first.shape[1:])
+        moments, seen = _Moments(probe.shape[-1]), 0
+        header = {"descr": "<f2", "fortran_order": False, "shape": (len(chosen), *probe.shape[1:])}
         bar = tqdm(total=total, desc="features", unit="tile", leave=False)
         with bar, explain_write_errors(path), path.open("wb") as file:
-            np.lib.format.write_array_header_2_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_2_0(file, header)
             for batch in batches:
-                chosen = kept[(kept >= seen) & (kept < seen + len(batch))] - seen
+                wanted = chosen[(chosen >= seen) & (chosen < seen + len(batch))] - seen
                 seen += len(batch)
-                if len(chosen):
-                    grids = features(batch[torch.from_numpy(chosen)])
-                    half = grids.half()
-                    if not torch.isfinite(half).all():
-                        raise ConfigError(
-                            "A feature is beyond what float16 holds: choose another backbone, or train the model anew."
-                            if torch.isfinite(grids).all()
-                            else "A feature is no number, so its network has diverged: train it anew with a smaller "
-                            "training.learning_rate, or choose another backbone."
-                        )
-                    moments.add(grids)
-                    file.write(half.contiguous().numpy().tobytes())
+                for grid in grids(batch[torch.from_numpy(wanted)]) if len(wanted) else ():
+                    moments.add(grid)
+                    file.write(grid.values.data)
                 bar.update(len(batch))
         return moments.result()
 
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="blemish-") as temporary:
-            path = Path(temporary) / "features.npy"
-            mean, deviation = compute(path)
-            cache = FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
-            if sys.platform == "win32":  # where no open file can be removed
-                yield cache
-                return
-        yield cache  # the file has no name any more: a kill leaves nothing
-        return
-    # What the backbone says of a tile tells it from all others, its settings included.
-    digest.update(f"{len(kept)} {tuple(first.shape)}".encode() + first.contiguous().numpy().tobytes())
-    with explain_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{digest.hexdigest()[:32]}.npy"
-    yield _found(path) or _kept(path, compute)
+    with tempfile.TemporaryDirectory(prefix="blemish-") as temporary:
+        path = Path(temporary) / "features.npy"
+        mean, deviation = compute(path)
+        cache = FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
+        if sys.platform == "win32":  # where no open file can be removed
+            yield cache
+            return
+    yield cache  # the file has no name any more: a kill leaves nothing
 
 
-def _found(path: Path) -> FeatureCache | None:
-    """What an earlier run left there; None if it is not whole."""
-    try:
-        with np.load(path.with_suffix(".npz")) as moments:
-            mean, deviation = (torch.from_numpy(moments[name]) for name in ("mean", "deviation"))
-        return FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
+class _Grid(NamedTuple):
+    """What a backbone says of one tile: (h, w, D) float16, and of each feature the mean and the sum of squares about it
+    before it was rounded, (D,) float64."""
+
+    values: npt.NDArray[np.float16]
+    mean: npt.NDArray[np.float64]
+    squares: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, grid: Tensor) -> _Grid:
+        """Of (h, w, D) float32. Raises ConfigError if float16 cannot hold it."""
+        half = grid.half()
+        if not torch.isfinite(half).all():
+            raise ConfigError(
+                "A feature is beyond what float16 holds: choose another backbone, or train the model anew."
+                if torch.isfinite(grid).all()
+                else "A feature is no number, so its network has diverged: train it anew with a smaller "
+                "training.learning_rate, or choose another backbone."
+            )
+        flat = grid.double().flatten(0, 1)
+        mean = flat.mean(dim=0)
+        return cls(half.contiguous().numpy(), mean.numpy(), (flat - mean).square().sum(dim=0).numpy())
 
 
-def _kept(path: Path, compute: Callable[[Path], tuple[Tensor, Tensor]]) -> FeatureCache:
-    """Nobody finds half a file: the features come last, under their own name when they are whole."""
-    with tempfile.TemporaryDirectory(prefix="partial-", dir=path.parent) as partial, explain_write_errors(path):
-        values, about = Path(partial) / path.name, Path(partial) / "moments.npz"
-        mean, deviation = compute(values)
-        np.savez(about, mean=mean.numpy(), deviation=deviation.numpy())
-        about.replace(path.with_suffix(".npz"))
-        values.replace(path)
-    return FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
+class _Kept:
+    """Grids in a folder, a file for each tile: named by its pixels, in a folder named by what the backbone says of a
+    fixed picture, which tells it from all others, its settings and the machine's rounding included."""
+
+    def __init__(self, folder: Path, probe: Tensor) -> None:
+        said = hashlib.sha256(f"{tuple(probe.shape)}".encode() + probe.contiguous().numpy().tobytes())
+        self.folder, self.shape = folder / said.hexdigest()[:32], tuple(probe.shape[1:])
+        with explain_write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, tile: Tensor) -> Path:
+        return self.folder / f"{hashlib.sha256(tile.cpu().contiguous().numpy().tobytes()).hexdigest()[:32]}.npz"
+
+    def read(self, tile: Tensor) -> _Grid | None:
+        """None if it is not there, or damaged."""
+        try:
+            with np.load(self._file(tile)) as parts:
+                grid = _Grid(*(parts[name] for name in _Grid._fields))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        return grid if grid.values.shape == self.shape and grid.values.dtype == np.float16 else None
+
+    def write(self, tile: Tensor, grid: _Grid) -> None:
+        with atomic(self._file(tile)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **grid._asdict())
 
 
 class _Moments:
-    """Mean and standard deviation of each feature, from grids (B, h, w, D) one after the other."""
+    """Mean and standard deviation of each of D features, from one grid after the other.
 
-    def __init__(self, first: Tensor) -> None:
-        # Sums of squares about a value near the mean lose no digits.
-        self.about = first.double().mean(dim=(0, 1, 2))
-        self.sum, self.squares = torch.zeros_like(self.about), torch.zeros_like(self.about)
+    Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
+    """
+
+    def __init__(self, features: int) -> None:
         self.count = 0
+        self.mean, self.squares = np.zeros(features), np.zeros(features)
 
-    def add(self, grid: Tensor) -> None:
-        apart = (grid - self.about).flatten(0, 2)
-        self.sum += apart.sum(dim=0)
-        self.squares += apart.square().sum(dim=0)
-        self.count += len(apart)
+    def add(self, grid: _Grid) -> None:
+        count = grid.values.shape[0] * grid.values.shape[1]
+        apart, total = grid.mean - self.mean, self.count + count
+        self.mean = self.mean + apart * (count / total)
+        self.squares = self.squares + grid.squares + apart**2 * (self.count * count / total)
+        self.count = total
 
     def result(self) -> tuple[Tensor, Tensor]:
-        mean = self.sum / self.count
-        variance = (self.squares / self.count - mean.square()).clamp(min=0)
-        return (self.about + mean).float(), variance.sqrt().float()
+        return torch.from_numpy(self.mean).float(), torch.from_numpy(np.sqrt(self.squares / self.count)).float()
