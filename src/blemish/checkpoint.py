@@ -258,7 +258,7 @@ def restore(content: Mapping[str, Any], run: str, device: str = "auto", trusted:
         cleaning = build_section(Cleaning, content["config"], "cleaning")
         return Ensemble.of(members, content["units"], content["config"]["join"], cleaning, content["about"])
     allowed = (*TRUSTED, *trusted)
-    model = build(content["config"]["model"], allowed, "model")
+    model = build(_with_what_it_needs(content["config"]["model"], run), allowed, "model")
     score = build(content["config"]["score"], allowed, "score")
     for part, state, name in ((model, content["state_dict"], "model"), (score, content["score_state"], "score")):
         try:
@@ -271,6 +271,29 @@ def restore(content: Mapping[str, Any], run: str, device: str = "auto", trusted:
     statistics = content["normalisation"]
     normalisation = SpatialNormalisation(**{k: v.numpy() for k, v in statistics.items()}) if statistics else None
     return assemble(content["config"], model, normalisation, content["about"], pick_device(device), allowed, score)
+
+
+def _with_what_it_needs(model: Mapping[str, Any], run: str) -> Mapping[str, Any]:
+    """A model's section, with its backbone's weights or run where they are now: beside the detector, if not where they
+    were when it was trained.
+
+    Raises:
+        CheckpointError: they are at neither place.
+    """
+    backbone = dict(model.get("backbone") or {})
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    for name in ("weights", "run"):
+        value = backbone.get(name)
+        # What `blemish train` found as a file or folder, it wrote down as an absolute path.
+        if isinstance(value, str) and Path(value).is_absolute() and not Path(value).exists():
+            beside = folder / Path(value).name
+            if not beside.exists():
+                raise CheckpointError(
+                    f"{run} needs {value} (its backbone.{name}), which is not there: bring it back, or put it beside "
+                    f"{DETECTOR_FILE} under the name {beside.name}."
+                )
+            backbone[name] = str(beside)
+    return {**model, "backbone": backbone} if backbone else model
 
 
 def pick_device(name: str) -> str:

@@ -110,6 +110,37 @@ def test_a_siamese_run_is_loaded_again_and_compares_pairs(run_cli, tiny_data, tm
     assert found.code == 0 and "different" in found.out, found.err
 
 
+def test_weights_that_moved_are_found_beside_the_detector(run_cli, tiny_data, tmp_path):
+    from torchvision import models
+
+    run, weights = tmp_path / "run", tmp_path / "weights.pth"
+    torch.save(models.mobilenet_v3_small(weights=None).state_dict(), weights)
+    words = [
+        "data=mvtec",
+        f"data.root={tiny_data}",
+        "model=pca",
+        "backbone=torchvision",
+        "image.size=32",
+        "trainer=cpu",
+    ]
+    words += [
+        "backbone.network=mobilenet_v3_small",
+        "backbone.layers=[2]",
+        "backbone.margin=0",
+        f"backbone.weights={weights}",
+    ]
+    trained = run_cli(["train", *words, "synthetic.images=0", FEATURES[-1], f"out={run}"])
+    assert trained.code == 0, trained.err
+    card = load_detector(run, device="cpu").card
+    (tmp_path / "elsewhere").mkdir()
+    weights.rename(tmp_path / "elsewhere" / "weights.pth")
+    missing = run_cli(["predict", f"run={run}", f"input={tiny_data / 'test'}", f"out={tmp_path / 'out'}"])
+    assert missing.code == 2 and f"needs {weights} (its backbone.weights), which is not there" in missing.err
+    (tmp_path / "elsewhere" / "weights.pth").rename(run / "weights.pth")
+    assert load_detector(run, device="cpu").card == card
+    assert load_detector(run / DETECTOR_FILE, device="cpu").card == card
+
+
 def test_how_many_tiles_a_model_learns_from_is_a_setting(run_cli, tiny_data, tmp_path):
     words = ["data=mvtec", f"data.root={tiny_data}", "model=pca", "backbone=colour_histogram", "image.size=32"]
     words += ["synthetic.images=0", "trainer=cpu", FEATURES[-1]]
