@@ -352,7 +352,8 @@ def work(cell: Cell, out: Path, run_process: Runner, command: str = "") -> dict[
     run, log = cell.folder(out), cell.folder(out).with_suffix(".log")
     ended, interrupted = train(cell, out, run_process)
     if not _succeeded(ended, run):
-        return result | {"sentence": ended.sentence, "log": str(log.relative_to(out)), "finished": now()}
+        anew = f" (Without the folder {run.relative_to(out)} it trains anew.)" if interrupted else ""
+        return result | {"sentence": ended.sentence + anew, "log": str(log.relative_to(out)), "finished": now()}
     measured = run.with_suffix(".measured.json")
     measuring = run_process([sys.executable, str(MEASURE), str(run), str(measured)], log)
     if measuring.code:
@@ -399,8 +400,8 @@ def _succeeded(ended: Ended, run: Path) -> bool:
 
 
 def _refused(ended: Ended) -> bool:
-    """Blemish said that it will never go on with that folder; not killed, out of memory, or out of disk."""
-    return ended.code == 2 and "Cannot write" not in ended.sentence
+    """Blemish said that it will never go on with that folder; not that memory, disk or the data are missing now."""
+    return ended.code == 2 and any(words in ended.sentence for words in ("start a new run", "nothing to resume"))
 
 
 def _costs_file(run: Path) -> Path:
@@ -452,7 +453,8 @@ def check_same_data(out: Path, roots: Mapping[str, Path]) -> None:
     known = _read(file)
     for name, root in roots.items():
         digest = hashlib.sha256()
-        for path in images_below(root):
+        # All files, and images behind links.
+        for path in sorted({*(path for path in root.rglob("*") if path.is_file()), *images_below(root)}):
             digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
         if known.setdefault(name, digest.hexdigest()) != digest.hexdigest():
             raise ConfigError(

@@ -248,16 +248,16 @@ def _figures_table(groups: Sequence[Sequence[Result]]) -> str:
 
 
 def _kinds_tables(groups: Sequence[Sequence[Result]]) -> list[str]:
-    """Each kind of defect against all normal images, mean over seeds; nothing where there is one kind."""
+    """Each kind of defect against all normal images; nothing where there is one kind."""
     groups = [known for group in groups if (known := [result for result in group if result.get("kinds")])]
     kinds = list(dict.fromkeys(kind for group in groups for result in group for kind in result["kinds"]))
     tables = []
     for title, name in (("image AUROC", "image_auroc"), ("AUPRO@0.3", "aupro_0.3")):
         rows = []
         for group in groups:
-            found = [[value for value in _take(group, "kinds", kind, name) if value is not None] for kind in kinds]
-            if any(found):
-                rows.append([_title(group), *(three(statistics.mean(values)) if values else "-" for values in found)])
+            found = [_take(group, "kinds", kind, name) for kind in kinds]
+            if any(value is not None for values in found for value in values):
+                rows.append([_title(group), *(spread(values, three) for values in found)])
         if rows and len(kinds) > 1:
             tables += [f"By kind of defect, {title}:", as_table(["row", *kinds], rows)]
     return tables

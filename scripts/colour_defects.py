@@ -5,8 +5,8 @@
 makes the data sets OUT/colour and OUT/grey, in MVTec layout with masks: striped leaves of 96 x 96 pixels, which vary in
 hue, saturation and value. Kinds of defects, each in a region of 32 x 32 pixels: `hue`, shifted by a quarter of the
 circle and nothing else; `turned`, where the stripes run the other way and all colours are what they were; `scratch`, a
-bright line two pixels wide. OUT/grey holds the same images without colours, and no `hue`. Nothing of it is real; it
-says what a model can see, not how well it does on parts.
+bright line some three pixels wide. OUT/grey holds the same images without colours, and no `hue`. Nothing of it is
+real; it says what a model can see, not how well it does on parts.
 """
 
 from __future__ import annotations
@@ -70,12 +70,15 @@ def write(out: Path, name: str, pixels: Pixels, grey: bool = True, mask: npt.NDA
     shades = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
     for root, content in ((out / "colour", pixels), (out / "grey", shades))[: 1 + grey]:
         path = root / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(path), content)
+        save(path, content)
         if mask is not None:
-            of_mask = root / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
-            of_mask.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(of_mask), mask.astype(np.uint8) * 255)
+            save(root / "ground_truth" / path.parent.name / f"{path.stem}_mask.png", mask.astype(np.uint8) * 255)
+
+
+def save(path: Path, pixels: Pixels) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), pixels):
+        sys.exit(f"Cannot write {path}: is the disk full?")
 
 
 def draw(out: Path, seed: int = 0) -> None:

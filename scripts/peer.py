@@ -282,6 +282,7 @@ def measure(job: Mapping[str, Any]) -> None:
         inference[f"batch_{batch}"] = benchmark_cell.speed(one_pass, images, batch)
     found = {
         "figures": figures,
+        "kinds": benchmark_cell.kinds_of(metrics),
         "synthetic": None,
         "calibration": {"alpha": job["alpha"], "rule": card.promise.rule, "n": card.n, "rank": card.rank},
         "training": {"seconds": content["seconds"], "steps": None, "tiles_per_second": None, "interrupted": False},

@@ -29,18 +29,22 @@ def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """A row for each run: the group it belongs to, and {figure: (synthetic, test)} where both are defined."""
     rows = []
     for folder in folders:
-        file = folder if folder.is_file() else folder / "results.jsonl"
-        if file.is_file():
-            done = [result for result in latest(read_results(file)) if result["status"] == "done"]
+        results = folder if folder.is_file() else folder / "results.jsonl"
+        if results.is_file():
+            done = [result for result in latest(read_results(results)) if result["status"] == "done"]
             for data in dict.fromkeys(result["data"] for result in done):
                 alike = of_one_seed([result for result in done if result["data"] == data])
                 rows += [{"group": f"{data}, seed {result['seed']}", **pairs(result)} for result in alike]
             continue
+        runs = []
         for file in sorted(folder.rglob("synthetic.json")):
             if (file.parent / "metrics.json").is_file():
                 synthetic = json.loads(file.read_text(encoding="utf-8"))
                 test = json.loads((file.parent / "metrics.json").read_text(encoding="utf-8"))["overall"]
-                rows.append({"group": str(folder), **pairs({"synthetic": synthetic, "figures": test})})
+                about = file.parent / "run.json"
+                seed = json.loads(about.read_text(encoding="utf-8")).get("seed") if about.is_file() else None
+                runs.append({"synthetic": synthetic, "figures": test, "seed": seed})
+        rows += [{"group": f"{folder}, seed {run['seed']}", **pairs(run)} for run in of_one_seed(runs)]
     return rows
 
 

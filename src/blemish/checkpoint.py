@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from blemish.scores.contracts import Score
 from blemish.scores.engine import TorchScorer
 from blemish.tiling import Tiling
 
-FORMAT = 4
+FORMAT = 5
 PARTS = ("model", "score", "image", "tiling", "smoothing", "normalisation", "cleaning")
 """The sections of a run's config that make a detector; a checkpoint carries just these."""
 _ENSEMBLE_PARTS = ("join", "cleaning")
@@ -244,21 +245,27 @@ def load_detector(
     return detector.calibrated(Calibration.from_dict(card)) if card else detector
 
 
-def restore(content: Mapping[str, Any], run: str, device: str = "auto", trusted: Sequence[str] = ()) -> Detector:
+def restore(
+    content: Mapping[str, Any], run: str, device: str = "auto", trusted: Sequence[str] = (), own: str | None = None
+) -> Detector:
     """The detector that a checkpoint's content makes, without its calibration.
 
     Args:
         content: what `read_checkpoint` gave. run: whose it is, for messages. device, trusted: as `load_detector`.
+        own: of a member of an ensemble, the run that it was. What a backbone needs, and is no longer where it was, is
+            looked for beside either.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint cannot be used.
     """
     if "members" in content:
-        members = [restore(member, run, device, trusted) for member in content["members"]]
+        owns = [about["run"] for about in content["about"]["members"]]
+        pairs = zip(content["members"], owns, strict=True)
+        members = [restore(member, run, device, trusted, own) for member, own in pairs]
         cleaning = build_section(Cleaning, content["config"], "cleaning")
         return Ensemble.of(members, content["units"], content["config"]["join"], cleaning, content["about"])
     allowed = (*TRUSTED, *trusted)
-    model = build(_with_what_it_needs(content["config"]["model"], run), allowed, "model")
+    model = build(_with_what_it_needs(content["config"]["model"], run, own), allowed, "model")
     score = build(content["config"]["score"], allowed, "score")
     for part, state, name in ((model, content["state_dict"], "model"), (score, content["score_state"], "score")):
         try:
@@ -273,27 +280,32 @@ def restore(content: Mapping[str, Any], run: str, device: str = "auto", trusted:
     return assemble(content["config"], model, normalisation, content["about"], pick_device(device), allowed, score)
 
 
-def _with_what_it_needs(model: Mapping[str, Any], run: str) -> Mapping[str, Any]:
+def _with_what_it_needs(model: Mapping[str, Any], run: str, own: str | None) -> Mapping[str, Any]:
     """A model's section, with its backbone's weights or run where they are now: beside the detector, if not where they
     were when it was trained.
 
     Raises:
         CheckpointError: they are at neither place.
     """
-    backbone = dict(model.get("backbone") or {})
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    if not isinstance(model.get("backbone"), Mapping):
+        return model
+    backbone = dict(model["backbone"])
+    folders = [Path(name) if Path(name).is_dir() else Path(name).parent for name in (own, run) if name]
     for name in ("weights", "run"):
-        value = backbone.get(name)
-        # What `blemish train` found as a file or folder, it wrote down as an absolute path.
-        if isinstance(value, str) and Path(value).is_absolute() and not Path(value).exists():
-            beside = folder / Path(value).name
-            if not beside.exists():
-                raise CheckpointError(
-                    f"{run} needs {value} (its backbone.{name}), which is not there: bring it back, or put it beside "
-                    f"{DETECTOR_FILE} under the name {beside.name}."
-                )
-            backbone[name] = str(beside)
-    return {**model, "backbone": backbone} if backbone else model
+        value = str(backbone.get(name) or "")
+        # What `blemish train` found as a file or folder, it wrote down as an absolute path, maybe on another system.
+        written = any(kind(value).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
+        if not written or os.path.exists(value):  # noqa: PTH110 (False, too, where it may not be looked at)
+            continue
+        own_name = PureWindowsPath(value).name  # either slash
+        found = [folder / own_name for folder in folders if (folder / own_name).exists()]
+        if not found:
+            raise CheckpointError(
+                f"{run} needs {value} (its backbone.{name}), which is not there: bring it back, or put it beside "
+                f"{DETECTOR_FILE} under the name {own_name}."
+            )
+        backbone[name] = str(found[0])
+    return {**model, "backbone": backbone}
 
 
 def pick_device(name: str) -> str:

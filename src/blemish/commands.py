@@ -101,6 +101,7 @@ def _settle_backbone(config: Any) -> None:
     for name in ("run", "weights"):
         value = OmegaConf.select(config, f"backbone.{name}")
         if isinstance(value, str) and (path := Path(value).expanduser()).exists():
+            path = path.parent if name == "run" and path.name == DETECTOR_FILE else path
             config.backbone[name] = str(path.absolute())
     if isinstance(cache := OmegaConf.select(config, "backbone.cache"), str):
         config.backbone.cache = str(Path(cache).expanduser().absolute())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 LEVEL, SPREAD = 0.5, 0.2
@@ -46,9 +47,11 @@ class Light(NamedTuple):
     def relative_to(self, standardised: Light) -> Light:
         """The light to remove from tiles that were changed after they had been standardised, and then had that light.
 
-        Not simply their own: a tile with less contrast than `_LEAST_SPREAD` was left with little.
+        A tile with less contrast than `_LEAST_SPREAD` had been left with little, and would be again: its contrast
+        stays. (One with hardly more, and less now, is taken for one with more: what it was cannot be known.)
         """
-        return Light(self.mean, self.std * (SPREAD / standardised.std))
+        little = standardised.std < 0.999 * SPREAD
+        return Light(self.mean, torch.where(little, torch.full_like(self.std, SPREAD), self.std))
 
     def remove(self, x: Tensor) -> Tensor:
         """Tiles (B, C, H, W) in [0, 1] to standardised ones, around [0, 1]."""

@@ -207,9 +207,12 @@ class _Search:
         self._study.sampler = sampler
         if not trial:
             return self._study.ask(distributions)
-        # A kill came between two of its values. Those it has are drawn again, so that the others follow as they would.
-        frozen = self._study.get_trials(deepcopy=True)[number]
+        # A kill came between two of its values. Those it has are drawn again, so that the others follow as they would;
+        # first what is drawn jointly, as by any trial that is begun.
+        frozen, joint = self._study.get_trials(deepcopy=True)[number], trial.relative_params
         for key, distribution in distributions.items():
+            if key in trial.params and key in joint:
+                continue
             if key in trial.params:
                 sampler.sample_independent(self._study, frozen, key, distribution)
             elif isinstance(distribution, self._optuna.distributions.CategoricalDistribution):

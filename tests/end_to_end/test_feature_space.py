@@ -139,6 +139,20 @@ def test_weights_that_moved_are_found_beside_the_detector(run_cli, tiny_data, tm
     (tmp_path / "elsewhere" / "weights.pth").rename(run / "weights.pth")
     assert load_detector(run, device="cpu").card == card
     assert load_detector(run / DETECTOR_FILE, device="cpu").card == card
+    other = run_cli(["train", *words[:2], "model=pca", "backbone=colour_histogram", "image.size=32", "trainer=cpu",
+                     "synthetic.images=0", FEATURES[-1], f"out={tmp_path / 'other'}"])  # fmt: skip
+    assert other.code == 0, other.err
+    both = tmp_path / "both"
+    asked = ("ensemble", f"runs=[{run},{tmp_path / 'other'}]", f"out={both}", "synthetic.images=0", FEATURES[-1])
+    joined = run_cli(list(asked))
+    assert joined.code == 0, joined.err
+    load_detector(both, device="cpu")
+    (run / "weights.pth").rename(both / "weights.pth")
+    load_detector(both, device="cpu")
+    content = torch.load(run / DETECTOR_FILE, weights_only=True)
+    content["config"]["model"]["backbone"]["weights"] = "C:\\mine\\weights.pth"
+    torch.save(content, both / DETECTOR_FILE)
+    load_detector(both, device="cpu", with_card=False)
 
 
 def test_how_many_tiles_a_model_learns_from_is_a_setting(run_cli, tiny_data, tmp_path):

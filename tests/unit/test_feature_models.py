@@ -145,11 +145,11 @@ def test_features_that_are_kept_are_computed_once(tmp_path, looked):
     assert {path.suffix for path in folder.glob("*/*")} == {".npz"} and len(list(folder.glob("*/*"))) == 40
 
 
-def test_of_other_tiles_only_the_new_ones_are_computed(tmp_path, looked):
+def test_of_other_tiles_only_batches_with_new_ones_are_computed(tmp_path, looked):
     kept_features(tmp_path)
     looked.clear()
     values, *_ = kept_features(tmp_path, normal=torch.cat([tiles(3, seed=1), tiles()[5:]]))
-    assert sum(looked) == 2 + 3
+    assert sum(looked) == 2 + 7
     np.testing.assert_array_equal(values[3:], kept_features(tmp_path)[0][5:])
 
 
@@ -166,7 +166,7 @@ def test_damaged_features_are_computed_again(tmp_path, looked, content):
     sorted(tmp_path.glob("*/*"))[0].write_bytes(content)
     looked.clear()
     np.testing.assert_array_equal(kept_features(tmp_path)[0], first[0])
-    assert sum(looked) == 2 + 1
+    assert sum(looked) in (2 + 7, 2 + 5), "its batch; the last has 5"
 
 
 def test_what_was_computed_before_a_stop_is_kept_and_whole(tmp_path, monkeypatch, looked):

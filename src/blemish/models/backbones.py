@@ -282,8 +282,8 @@ class TimmBackbone(Backbone):
                 numbers = [_level(layer, known) for layer in layers]
             made = _random(lambda: create(weights == TIMM, numbers), seed)
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, OSError) as error:
-            ways = f" Weights are found in three ways: {_WAYS}." if weights == TIMM else ""
-            reason = str(error).splitlines()[0]
+            ways = f" Weights are found in three ways: {_WAYS}." if isinstance(error, OSError) else ""
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"timm cannot make the backbone '{network}': {reason}{ways}") from error
         if weights not in (NONE, TIMM):
             path = _path(weights)

@@ -101,7 +101,8 @@ def cached(
         batches: are gone through twice.
         gigabytes: the file's largest size; of more tiles, so many as fit are taken, evenly spread, with a warning.
         setting: that says so, for the warning.
-        folder: keeps what the backbone says of each tile, for whoever asks it about the same tile again.
+        folder: keeps what the backbone says of each tile, for whoever asks it about the same tile again; the file of
+            this context lies there, too.
 
     Raises:
         ConfigError: there is no tile, or a feature does not fit float16. BlemishError: the disk is full.
@@ -132,8 +133,9 @@ def cached(
     def grids(tiles: Tensor) -> list[_Grid]:
         known = {place: grid for place, tile in enumerate(tiles) if (grid := kept.read(tile))} if kept else {}
         missing = [place for place in range(len(tiles)) if place not in known]
-        for place, said in zip(missing, features(tiles[missing]) if missing else (), strict=True):
-            known[place] = _Grid.of(said)
+        said = features(tiles) if missing else ()  # all: what is said of a tile may depend on the batch, by rounding
+        for place in missing:
+            known[place] = _Grid.of(said[place])
             if kept:
                 kept.write(tiles[place], known[place])
         return [known[place] for place in range(len(tiles))]
@@ -154,7 +156,7 @@ def cached(
                 bar.update(len(batch))
         return moments.result()
 
-    with tempfile.TemporaryDirectory(prefix="blemish-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="blemish-", dir=folder) as temporary:
         path = Path(temporary) / "features.npy"
         mean, deviation = compute(path)
         cache = FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)

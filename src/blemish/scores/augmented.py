@@ -146,7 +146,7 @@ class NoiseDrawsScore(AugmentedScore):
     Args:
         score: what is averaged.
         std: of the noise, in units of what the model is shown, of which standardised tiles have a standard deviation
-            of 0.2: training adds noise before it standardises, so that it depends on a tile's contrast there.
+            of 0.2. Training adds noise before it standardises, so that there it depends on a tile's contrast.
         draws: how many. seed: of the noise.
 
     Raises:

@@ -50,8 +50,8 @@ class InpaintingScore(ExplainedScore):
     Args:
         residual: the per-pixel distance.
         cells: sides of the square cells, in pixels. parts: number of sets. seed: of the dealing.
-        standardise: tiles are standardised, so that what is left visible is brought to the same light again, as in
-            training; what the model paints is brought back.
+        standardise: tiles are standardised, so that what is left visible is brought to the same light again, as
+            training does with its own fill, the mean of the whole tile; what the model paints is brought back.
 
     Raises:
         ConfigError: arguments out of range, or (in use) a tile has too few cells, or the model is not in pixel space.
