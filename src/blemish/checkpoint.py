@@ -29,6 +29,7 @@ from blemish.detector import Detector, TileDetector
 from blemish.ensemble import Ensemble
 from blemish.errors import CheckpointError, ConfigError
 from blemish.files import CARD_FILE, DETECTOR_FILE, write_bytes, write_json
+from blemish.frozen import content_of
 from blemish.normalisation import SpatialNormalisation
 from blemish.postprocess import Cleaning, Smoothing
 from blemish.preprocess import Preprocess
@@ -102,8 +103,7 @@ def fingerprint(
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
     for name, tensor in (*sorted(state.items()), *sorted(score.items())):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # Not a copy: banks are large.
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(content_of(tensor))
     if normalisation:
         digest.update(normalisation.location.tobytes() + normalisation.scale.tobytes())
     return digest.hexdigest()

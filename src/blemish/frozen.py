@@ -18,6 +18,11 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's photographs, by channel, for values in [0, 1]."""
 
 
+def content_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any kind, for a digest; those of a contiguous one on the CPU are not copied."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 class Fingerprinted(nn.Module):
     """A part whose weights a checkpoint does not carry, only their fingerprint.
 
@@ -33,9 +38,8 @@ class Fingerprinted(nn.Module):
         self.name = name
         digest = hashlib.sha256()
         for key, tensor in tensors.items():
-            tensor = tensor.detach().float().contiguous()
             digest.update(f"{key} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+            digest.update(content_of(tensor.float()))
         self.fingerprint = int.from_bytes(digest.digest()[:8], "little", signed=True)
 
     def get_extra_state(self) -> Tensor:

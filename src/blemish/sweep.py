@@ -192,36 +192,41 @@ class _Search:
 
     def _begun(self) -> Any | None:
         """The next trial, with a value for each setting; None if there were enough."""
-        trial = self._interrupted.pop(0) if self._interrupted else None
-        number = trial.number if trial else len(self._study.get_trials(deepcopy=False))
-        if number >= self._settings.trials and not trial:
-            return None
         distributions = {part.key: self._distribution(part) for part in self._space}
-        if trial and distributions.keys() <= trial.params.keys():
+        if self._interrupted:
+            trial = self._interrupted.pop(0)
+            if not distributions.keys() <= trial.params.keys():
+                self._draw_the_rest(trial, distributions)
             return trial
-        sampler = self._optuna.samplers.TPESampler(
+        number = len(self._study.get_trials(deepcopy=False))
+        if number >= self._settings.trials:
+            return None
+        self._study.sampler = self._sampler(number)
+        return self._study.ask(distributions)
+
+    def _sampler(self, number: int) -> Any:
+        """That of the trial with this number."""
+        return self._optuna.samplers.TPESampler(
             seed=(self._settings.seed * 1_000_003 + number) % 2**32,
             n_startup_trials=self._settings.startup_trials,
             constant_liar=self._settings.jobs > 1,
         )
-        self._study.sampler = sampler
-        if not trial:
-            return self._study.ask(distributions)
-        # A kill came between two of its values. Those it has are drawn again, so that the others follow as they would;
-        # first what is drawn jointly, as by any trial that is begun.
-        frozen, joint = self._study.get_trials(deepcopy=True)[number], trial.relative_params
+
+    def _draw_the_rest(self, trial: Any, distributions: Mapping[str, Any]) -> None:
+        """For a trial that was killed between two of its values: those it has are drawn again, so that the others
+        follow as they would; first what is drawn jointly, as by any trial that is begun."""
+        kinds = self._optuna.distributions
+        self._study.sampler = sampler = self._sampler(trial.number)
+        frozen, joint = self._study.get_trials(deepcopy=True)[trial.number], trial.relative_params
         for key, distribution in distributions.items():
-            if key in trial.params and key in joint:
-                continue
             if key in trial.params:
-                sampler.sample_independent(self._study, frozen, key, distribution)
-            elif isinstance(distribution, self._optuna.distributions.CategoricalDistribution):
+                if key not in joint:
+                    sampler.sample_independent(self._study, frozen, key, distribution)
+            elif isinstance(distribution, kinds.CategoricalDistribution):
                 trial.suggest_categorical(key, distribution.choices)
-            elif isinstance(distribution, self._optuna.distributions.IntDistribution):
-                trial.suggest_int(key, distribution.low, distribution.high, log=distribution.log)
             else:
-                trial.suggest_float(key, distribution.low, distribution.high, log=distribution.log)
-        return trial
+                suggest = trial.suggest_int if isinstance(distribution, kinds.IntDistribution) else trial.suggest_float
+                suggest(key, distribution.low, distribution.high, log=distribution.log)
 
     def next(self) -> Run | None:
         while True:

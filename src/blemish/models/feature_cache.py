@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from blemish.errors import ConfigError
 from blemish.files import atomic, explain_write_errors
+from blemish.frozen import content_of
 
 _LEAST = 0.01  # of the mean deviation
 
@@ -131,13 +132,14 @@ def cached(
     kept = _Kept(folder, probe) if folder else None
 
     def grids(tiles: Tensor) -> list[_Grid]:
-        known = {place: grid for place, tile in enumerate(tiles) if (grid := kept.read(tile))} if kept else {}
+        files = [kept.file(tile) for tile in tiles] if kept else []
+        known = {place: grid for place, file in enumerate(files) if kept and (grid := kept.read(file))}
         missing = [place for place in range(len(tiles)) if place not in known]
         said = features(tiles) if missing else ()  # all: what is said of a tile may depend on the batch, by rounding
         for place in missing:
             known[place] = _Grid.of(said[place])
             if kept:
-                kept.write(tiles[place], known[place])
+                kept.write(files[place], known[place])
         return [known[place] for place in range(len(tiles))]
 
     def compute(path: Path) -> tuple[Tensor, Tensor]:
@@ -195,26 +197,27 @@ class _Kept:
     fixed picture, which tells it from all others, its settings and the machine's rounding included."""
 
     def __init__(self, folder: Path, probe: Tensor) -> None:
-        said = hashlib.sha256(f"{tuple(probe.shape)}".encode() + probe.contiguous().numpy().tobytes())
+        said = hashlib.sha256(f"{tuple(probe.shape)}".encode())
+        said.update(content_of(probe))
         self.folder, self.shape = folder / said.hexdigest()[:32], tuple(probe.shape[1:])
         with explain_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def _file(self, tile: Tensor) -> Path:
-        return self.folder / f"{hashlib.sha256(tile.cpu().contiguous().numpy().tobytes()).hexdigest()[:32]}.npz"
+    def file(self, tile: Tensor) -> Path:
+        return self.folder / f"{hashlib.sha256(content_of(tile)).hexdigest()[:32]}.npz"
 
-    def read(self, tile: Tensor) -> _Grid | None:
+    def read(self, file: Path) -> _Grid | None:
         """None if it is not there, or damaged."""
         try:
-            with np.load(self._file(tile)) as parts:
+            with np.load(file) as parts:
                 grid = _Grid(*(parts[name] for name in _Grid._fields))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
         return grid if grid.values.shape == self.shape and grid.values.dtype == np.float16 else None
 
-    def write(self, tile: Tensor, grid: _Grid) -> None:
-        with atomic(self._file(tile)) as temporary, temporary.open("wb") as file:
-            np.savez(file, **grid._asdict())
+    def write(self, file: Path, grid: _Grid) -> None:
+        with atomic(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **grid._asdict())
 
 
 class _Moments:

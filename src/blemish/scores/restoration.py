@@ -85,13 +85,14 @@ class InpaintingScore(ExplainedScore):
     def paint(self, model: nn.Module, x: Tensor, cell: int) -> Tensor:
         """What is expected of each cell when it is hidden: (B, C, H, W)."""
         painted = torch.zeros_like(x)
+        whole = Light.of(x)
         for hidden in self.masks(x.shape[-2], x.shape[-1], cell):
             hidden = hidden.to(x.device)
             visible = ~hidden
             mean = (x * visible).sum(dim=(2, 3), keepdim=True) / visible.sum()
             given = torch.where(hidden, mean, x)
             # Hiding takes contrast away; in training it came first, and the tile was standardised after it.
-            light = Light.of(given).relative_to(Light.of(x)) if self.standardise else None
+            light = Light.of(given).relative_to(whole) if self.standardise else None
             expected = expected_tile(model(light.remove(given) if light else given), x, self)
             painted = torch.where(hidden, light.restore(expected) if light else expected, painted)
         return painted
