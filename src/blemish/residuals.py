@@ -74,8 +74,9 @@ class Windowed(Residual):
             )
         channels = x.shape[1]
         kernel = self.window.to(x).expand(channels, 1, 1, -1)
-        x = F.conv2d(F.pad(x, (5, 5, 5, 5), mode="reflect"), kernel, groups=channels)
-        return F.conv2d(x, kernel.transpose(2, 3), groups=channels)
+        # Channels last, in which oneDNN convolves each channel alone in a fifth of the time.
+        x = F.pad(x, (5, 5, 5, 5), mode="reflect").contiguous(memory_format=torch.channels_last)
+        return F.conv2d(F.conv2d(x, kernel, groups=channels), kernel.transpose(2, 3), groups=channels)
 
 
 class PSNR(Windowed):
@@ -176,15 +177,12 @@ class GradientMagnitude(Residual):
     """
 
     pixels_only = True
-    kernel: Tensor
 
     def __init__(self, scales: int = 3, c: float = 170 / 255**2) -> None:
         super().__init__()
         if scales < 1:
             raise ConfigError(f"Expected residual.scales >= 1, found {scales}.")
         self.scales, self.c = scales, c
-        horizontal = torch.tensor([[1.0, 0.0, -1.0]] * 3) / 3
-        self.register_buffer("kernel", torch.stack([horizontal, horizontal.T])[:, None], persistent=False)
 
     def distance(self, observed: Tensor, expected: Tensor) -> Tensor:
         size = observed.shape[-2:]
@@ -197,7 +195,9 @@ class GradientMagnitude(Residual):
         total = torch.zeros_like(x)
         for scale in range(self.scales):
             difference = 1 - self.similarity(x, y)
-            total = total + F.interpolate(difference, size, mode="bilinear", align_corners=False)
+            if scale:
+                difference = F.interpolate(difference, size, mode="bilinear", align_corners=False)
+            total = total + difference
             if scale < self.scales - 1:
                 x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
         return (total / self.scales).clamp(min=0).reshape(observed.shape).mean(dim=1, keepdim=True)
@@ -208,9 +208,13 @@ class GradientMagnitude(Residual):
         return (2 * a * b + self.c) / (a.square() + b.square() + self.c)
 
     def _magnitude(self, x: Tensor) -> Tensor:
-        gradient = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.kernel.to(x))
+        # By sums of slices: a convolution of one channel takes ten times as long on a CPU.
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+        columns = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
+        across, down = rows[..., :-2] - rows[..., 2:], columns[..., :-2, :] - columns[..., 2:, :]
         # The small number keeps the square root's slope finite on flat areas.
-        return (gradient.square().sum(dim=1, keepdim=True) + 1e-12).sqrt()
+        return ((across.square() + down.square()) / 9 + 1e-12).sqrt()
 
 
 class WeightedSum(Residual):

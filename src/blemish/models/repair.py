@@ -94,6 +94,7 @@ class RepairAutoencoder(nn.Module):
         difference = (x - expected).detach()
         pixels = F.pixel_unshuffle(torch.cat([difference, difference.abs()], 1), 2)
         searched = self.mask_decoder(features)
+        pixels = pixels.to(searched.dtype, memory_format=torch.channels_last)  # else what is joined is copied anew
         evidence = self.compare(torch.cat([searched, pixels], 1))
         repaired = F.pixel_shuffle(self.mask(evidence), 2)
         return Output(x, expected, repaired=repaired, activations=(*shown, searched, evidence))
