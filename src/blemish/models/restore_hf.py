@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from blemish.blur import blurred, gaussian_window
 from blemish.errors import ConfigError
 from blemish.models.repair import UNet
 from blemish.standardise import tile_mean
@@ -52,9 +52,7 @@ class HighFrequencyRestorer(UNet):
             raise ConfigError(f"Expected model.sigma > 0, in pixels, found {sigma}.")
         self.sigma, self.grey, self.keep_mean = sigma, grey, keep_mean
         reach = max(1, round(4 * sigma))
-        positions = torch.arange(-reach, reach + 1, dtype=torch.float64)
-        window = torch.exp(-positions.square() / (2 * sigma**2))
-        self.register_buffer("window", (window / window.sum()).float(), persistent=False)
+        self.register_buffer("window", gaussian_window(sigma, reach), persistent=False)
 
     def encode(self, x: Tensor) -> Tensor:
         """As in `RepairAutoencoder`, from the detail alone."""
@@ -79,8 +77,4 @@ class HighFrequencyRestorer(UNet):
             shown = x.float()
             if self.grey:
                 shown = shown.mean(dim=1, keepdim=True)
-            kernel = self.window.expand(shown.shape[1], 1, 1, -1)
-            blurred = F.pad(shown, (reach,) * 4, mode="reflect")
-            blurred = F.conv2d(blurred, kernel, groups=len(kernel))
-            blurred = F.conv2d(blurred, kernel.transpose(2, 3), groups=len(kernel))
-            return (shown - blurred).expand_as(x)
+            return (shown - blurred(shown, self.window)).expand_as(x)
