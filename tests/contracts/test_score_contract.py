@@ -2,6 +2,7 @@
 
 import io
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -30,13 +31,14 @@ def tiles(channels=1, size=(SIZE, SIZE), count=3, seed=0):
     return torch.rand(count, channels, *size, generator=torch.Generator().manual_seed(seed))
 
 
+def composed_small(settings, name, model, channels=1, *overrides):
+    composed = settings(f"model={model}", f"tiling.size={SIZE}", f"image.channels={channels}", *overrides)
+    return composed | {"score": settings(f"score={name}", "image.channels=1")["score"]}
+
+
 @pytest.fixture(scope="module")
 def compose(settings):
-    def compose_small(name, model, channels=1, *overrides):
-        composed = settings(f"model={model}", f"tiling.size={SIZE}", f"image.channels={channels}", *overrides)
-        return composed | {"score": settings(f"score={name}", "image.channels=1")["score"]}
-
-    return compose_small
+    return partial(composed_small, settings)
 
 
 def build_pair(config):
@@ -53,22 +55,26 @@ def build_pair(config):
     return build(config["score"], TRUSTED, "score"), model.eval()
 
 
-@pytest.fixture(scope="module")
-def make(compose, installed):
-    made = {}
+def build_fitting(settings, name, channels=1):
+    """A score, and the first of `MODELS` that it fits."""
+    for model, small in MODELS.items():
+        try:
+            return build_pair(composed_small(settings, name, model, channels, *SMALL_BACKBONE, *small))
+        except ConfigError as error:
+            refusal = error
+            if "pip install" in str(error):
+                break
+    raise refusal
 
-    def build_fitting(name, channels):
-        for model, small in MODELS.items():
-            try:
-                with installed():
-                    return build_pair(compose(name, model, channels, *SMALL_BACKBONE, *small))
-            except ConfigError as error:
-                refusal = error
-        raise refusal
+
+@pytest.fixture(scope="module")
+def make(settings, installed):
+    made = {}
 
     def copy_of(name, channels=1):
         if (name, channels) not in made:
-            made[name, channels] = build_fitting(name, channels)
+            with installed():
+                made[name, channels] = build_fitting(settings, name, channels)
         return deepcopy(made[name, channels])
 
     return copy_of

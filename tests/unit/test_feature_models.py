@@ -13,7 +13,7 @@ from torch import nn
 
 from blemish.errors import ConfigError
 from blemish.models import feature_cache
-from blemish.models.backbones import Backbone, Lite0Backbone
+from blemish.models.backbones import Backbone, LiteBackbone
 from blemish.models.contracts import Fittable, Output
 from blemish.models.feature_ae import FeatureAutoencoder
 from blemish.models.feature_cache import cached
@@ -285,7 +285,7 @@ def test_training_follows_from_the_seed_and_leaves_the_generator_alone():
 
 
 def test_parameters_of_the_default():
-    model = FeatureAutoencoder(Lite0Backbone(weights="none"))
+    model = FeatureAutoencoder(LiteBackbone(weights="none"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 49_104
 
 

