@@ -92,6 +92,10 @@ class FrozenNetwork(Fingerprinted):
                 module.track_running_stats = False
         self.network = network.eval()
 
+    def weights(self) -> dict[str, Tensor]:
+        """Those of the network, by the names that they had before."""
+        return dict(self.network.named_buffers())
+
     def train(self, mode: bool = True) -> FrozenNetwork:
         """Evaluation mode, whatever is asked for."""
         return super().train(False)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from blemish import load_detector
 from blemish.checkpoint import read_checkpoint
 from blemish.data.images import read_pixels
 from blemish.errors import CheckpointError
-from blemish.files import DETECTOR_FILE
+from blemish.files import DETECTOR_FILE, WEIGHTS_FILE
 
 FEATURES = (
     *("image.size=32", "synthetic.images=0", "trainer=cpu"),
@@ -72,6 +73,40 @@ def test_a_killed_training_resumes_to_the_same_weights(run_cli, spawn_cli, tiny_
     assert resumed.code == 0, resumed.err
     ours, theirs = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("killed", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="needs timm")
+def test_weights_of_the_hub_are_asked_for_once_and_kept(run_cli, tiny_data, tmp_path, monkeypatch):
+    import timm
+
+    create, asked = timm.create_model, []
+
+    def hub(*names, pretrained=False, **settings):
+        made = create(*names, pretrained=False, **settings)  # whose random weights stand for those of the hub
+        asked.extend([names] * pretrained)
+        return made
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    run = tmp_path / "run"
+    words = ("model=nearest", "backbone=timm", "backbone.weights=timm", "backbone.layers=[1]", "backbone.margin=0")
+    small = (
+        "model.bank=50",
+        "image.size=64",
+        "tiling.size=64",
+        "synthetic.images=0",
+        "trainer=cpu",
+        "calibration.alpha=0.1",
+    )
+    result = run_cli(["train", "data=mvtec", f"data.root={tiny_data}", f"out={run}", *words, *small])
+    assert result.code == 0, result.err
+    assert asked == [("resnet18",)]
+    elsewhere = run.rename(tmp_path / "elsewhere")
+    image = sorted(tiny_data.glob("test/*/*.png"))[0]
+    assert load_detector(elsewhere, device="cpu")(image).score_map.shape == read_pixels(image).shape[:2]
+    assert len(asked) == 1
+    (elsewhere / WEIGHTS_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"put it beside detector.pt under the name {WEIGHTS_FILE}"):
+        load_detector(elsewhere, device="cpu")
 
 
 @pytest.mark.parametrize(

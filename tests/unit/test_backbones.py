@@ -228,6 +228,10 @@ def test_torchvision_weights_are_what_is_computed_with(tmp_path):
         (lambda: LiteBackbone([2], "none", version=3), r"backbone\.version from 0 to 2, found 3"),
         (lambda: LiteBackbone([], "none"), r"backbone\.layers of whole numbers"),
         (lambda: LiteBackbone([2], "none", average=2), r"backbone\.average to be an odd whole number >= 1, found 2"),
+        (
+            lambda: LiteBackbone([2], "none", cache_dtype="int8"),
+            r"Unknown backbone\.cache_dtype 'int8': known: float16, float32",
+        ),
         (lambda: LiteBackbone(weights="none", margin=8), r"margin of 0, or a multiple of 16 pixels, .* found 8"),
         (lambda: TorchvisionBackbone("squeezenet1_1", [3], "none"), r"margin of 0, as its strides are uneven, .* 32"),
         (lambda: LiteBackbone([2], "nowhere.pth"), rf"No weights found at 'nowhere\.pth': {THREE_WAYS}"),

@@ -189,11 +189,33 @@ def test_what_was_computed_before_a_stop_is_kept_and_whole(tmp_path, monkeypatch
     assert sum(looked) == 2 + 26
 
 
+def test_features_are_kept_as_float32_where_that_is_asked_for(tmp_path):
+    large = tiles(4) * 1e6
+    with cached(lambda x: x, large.split(3), 1.0, torch.device("cpu"), folder=tmp_path, dtype="float32") as cache:
+        assert cache.values.dtype == np.float32
+        assert torch.equal(cache.places(0, cache.patches // 4), large.permute(0, 2, 3, 1).flatten(1, 2))
+    with cached(lambda x: x, large.split(3), 1.0, torch.device("cpu"), folder=tmp_path, dtype="float32") as cache:
+        assert torch.equal(cache.places(0, cache.patches // 4), large.permute(0, 2, 3, 1).flatten(1, 2)), "as kept"
+    bound = 2.5 * 4 * large[0].numel() / 2**30
+    with (
+        pytest.warns(UserWarning, match="features of 2 of 4 tiles"),
+        cached(lambda x: x, large.split(3), bound, torch.device("cpu"), dtype="float32") as cache,
+    ):
+        assert cache.values.nbytes == 2 * 4 * large[0].numel()
+
+
+def test_a_model_keeps_features_as_its_backbone_says():
+    backbone = Tiny()
+    backbone.cache_dtype = "float32"
+    with NearestFeature(backbone, 4).normal([tiles(3)]) as cache:
+        assert cache.values.dtype == np.float32
+
+
 def test_nothing_to_learn_from_and_features_too_large_are_one_sentence():
     with pytest.raises(ConfigError, match="learns from normal tiles, found none"):
         fitted(NearestFeature, 4, normal=tiles()[:0])
     with (
-        pytest.raises(ConfigError, match="beyond what float16 holds"),
+        pytest.raises(ConfigError, match=r"beyond what float16 holds: set backbone\.cache_dtype=float32"),
         cached(lambda x: x * 1e6, [tiles(2)], 1.0, torch.device("cpu")),
     ):
         pass

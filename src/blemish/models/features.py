@@ -13,7 +13,7 @@ from tqdm import tqdm
 from blemish.errors import ConfigError, nearest_names
 from blemish.models.arguments import check_positive
 from blemish.models.contracts import FeatureSource, Output
-from blemish.models.feature_cache import FeatureCache, cached
+from blemish.models.feature_cache import DTYPES, FeatureCache, cached
 
 PROJECTIONS = ("none", "random", "pca")
 _MOST_FOR_PCA = 100_000  # patches
@@ -82,7 +82,12 @@ class FeatureSpace(nn.Module):
         with (
             torch.autocast(device.type, enabled=False),
             cached(
-                self.backbone, batches, self.cache_gb, device, folder=getattr(self.backbone, "cache", None)
+                self.backbone,
+                batches,
+                self.cache_gb,
+                device,
+                folder=getattr(self.backbone, "cache", None),
+                dtype=getattr(self.backbone, "cache_dtype", DTYPES[0]),
             ) as cache,
         ):
             self.mean.copy_(cache.mean)

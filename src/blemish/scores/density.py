@@ -156,8 +156,10 @@ class DensityScore(ExplainedScore):
             dimensions = min(self.dimensions, count)
             projection = random_projection(dimensions, count, torch.Generator().manual_seed(self.seed)) / cache.unit
 
+            mean, matrix = cache.mean.to(some.device), projection.T.to(some.device)
+
             def prepared(features: Tensor) -> Tensor:
-                return (features - cache.mean) @ projection.T
+                return (features.to(mean) - mean) @ matrix
 
             places = places_of(cache, prepared, dimensions, self.shrinkage, self.most)
             height, width = cache.values.shape[1:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import sys
 import time
@@ -28,7 +29,8 @@ from blemish.data.records import SPLITS, Record, Split
 from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
-from blemish.files import CONFIG_FILE, RUN_FILE, held, write_json, write_text
+from blemish.files import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE, held, write_bytes, write_json, write_text
+from blemish.frozen import FrozenNetwork
 from blemish.models.contracts import (
     Contrasting,
     Fittable,
@@ -94,6 +96,7 @@ def start(
     with _alone_in(run):
         if (run / CONFIG_FILE).exists():
             raise ConfigError(f"Another `blemish train` has begun in {run} meanwhile: choose another out=.")
+        settings = _with_kept_weights(run, settings, parts.model)
         write_text(run / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
         write_splits(run / SPLITS_FILE, splits)
         about = about_run(settings["seed"], splits, overrides) | {"status": "training"}
@@ -137,6 +140,19 @@ def _resume(run: Path, read: Any, report: Report | None) -> Finished:
     if changed:
         raise ConfigError(f"The images changed since {run} was started (part: {', '.join(changed)}): start a new run.")
     return _go_on(run, settings, splits, _Parts.build(settings, splits), about, report)
+
+
+def _with_kept_weights(run: Path, settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A backbone's weights that were downloaded are kept in `run`, so that whoever loads it asks no network."""
+    backbone = getattr(model, "backbone", None)
+    if not getattr(backbone, "downloaded", False):
+        return settings
+    assert isinstance(backbone, FrozenNetwork)
+    buffer = io.BytesIO()  # so that a full disk is the operating system's error, not the serialiser's
+    torch.save(backbone.weights(), buffer)
+    write_bytes(run / WEIGHTS_FILE, buffer.getvalue())
+    kept = {**settings["model"]["backbone"], "weights": str((run / WEIGHTS_FILE).absolute())}
+    return {**settings, "backbone": kept, "model": {**settings["model"], "backbone": kept}}
 
 
 @dataclass(frozen=True)
