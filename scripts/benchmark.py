@@ -4,10 +4,10 @@
 
 Each data.NAME is a folder in the layout of MVTec AD. rows=conv_ae,unet runs some rows only; `--table out=DIR` writes
 the table of what is there, and trains nothing. A cell is one row of the settings on one data set with one seed: one
-`blemish train`, measured in a process of its own. Finished cells stand in DIR/results.jsonl, one line each, and are
-skipped; interrupted trainings go on, failed cells are tried again: the same command, as often as needed.
-DIR/benchmark.md is written anew after every cell. Cells run one after the other: leave the machine to them, or speeds
-mean nothing.
+`blemish train`, or `blemish ensemble` of such runs, measured in a process of its own. Finished cells stand in
+DIR/results.jsonl, one line each, and are skipped; interrupted trainings go on, failed cells are tried again: the same
+command, as often as needed. DIR/benchmark.md is written anew after every cell. Cells run one after the other: leave the
+machine to them, or speeds mean nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ _NAME = re.compile(r"[\w][\w.-]*")
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and what is measured of it; `overrides` are those of `blemish train` but for data, out and seed."""
+    """One training and what is measured of it; `overrides` are those of `blemish train` but for data, out and seed.
+
+    members: for an ensemble, the cells whose runs are joined, in the place of a training; `overrides` are then those of
+        `blemish ensemble`.
+    """
 
     data: str
     row: str
@@ -63,11 +67,13 @@ class Cell:
     overrides: tuple[str, ...]
     minutes: float
     headline: bool = False
+    members: tuple[Cell, ...] = ()
 
     @property
     def key(self) -> str:
         """Names what was asked for, defaults included: a result counts as long as nobody asks for something else."""
-        asked = [__version__, self.data, self.row, str(self.seed), *self.overrides, _composed(self.overrides)]
+        asked = [__version__, self.data, self.row, str(self.seed), *self.overrides]
+        asked += [member.key for member in self.members] or [_composed(self.overrides)]
         return hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]
 
     @property
@@ -95,6 +101,7 @@ class Settings:
     """What the YAML file says (see `benchmark.yaml`)."""
 
     rows: dict[str, tuple[str, ...]]
+    ensembles: dict[str, tuple[str, ...]] = field(default_factory=dict)
     common: tuple[str, ...] = ()
     minutes: float = 5
     seeds: tuple[int, ...] = (0,)
@@ -112,13 +119,14 @@ class Settings:
             raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
         if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or not content["rows"]:
             raise ConfigError(f"{path} needs a section rows: names with lists of overrides of `blemish train`.")
-        known = {"rows", "common", "minutes", "seeds", "headline", "data"}
+        known = {"rows", "ensembles", "common", "minutes", "seeds", "headline", "data"}
         _check_names(content, known, str(path))
         headline = _mapping(content, "headline")
         _check_names(headline, {"row", "seeds", "minutes", "overrides"}, "headline")
         rows = {_name(name): _words(words, f"rows.{name}") for name, words in content["rows"].items()}
         if headline and headline.get("row") not in rows:
             raise ConfigError(f"headline.row is '{headline.get('row')}', which is no row: {_nearest(headline, rows)}")
+        ensembles = {_name(name): _members(name, of, rows) for name, of in _mapping(content, "ensembles").items()}
         data = _mapping(content, "data")
         for name, entry in data.items():
             _check_names(_mapping(data, name), {"alpha", "overrides"}, f"data.{name}")
@@ -127,6 +135,7 @@ class Settings:
         _words(headline.get("overrides"), "headline.overrides")
         return cls(
             rows,
+            ensembles,
             _words(content.get("common"), "common"),
             _number(content.get("minutes", 5), "minutes"),
             _seeds(content.get("seeds", [0]), "seeds"),
@@ -141,23 +150,35 @@ class Settings:
 
     def cells(self, roots: Mapping[str, Path], rows: Sequence[str] = ()) -> list[Cell]:
         """Every cell; the first seeds of all rows come first, so that a whole table is there early."""
-        unknown = [row for row in rows if row not in self.rows]
+        known = (*self.rows, *self.ensembles)
+        unknown = [row for row in rows if row not in known]
         if unknown:
-            raise ConfigError(f"There is no row '{unknown[0]}': {nearest_names(unknown[0], self.rows)}")
-        found = []
+            raise ConfigError(f"There is no row '{unknown[0]}': {nearest_names(unknown[0], known)}")
+        found: list[Cell] = []
         for data, root in roots.items():
             own = self.data.get(data, {})
             alpha = f"calibration.alpha={own.get('alpha', 0.05):g}"
+            trained: list[Cell] = []
             for row, words in self.rows.items():
-                if rows and row not in rows:
-                    continue
                 is_headline = self.headline.get("row") == row
                 extra = tuple(self.headline.get("overrides") or ()) if is_headline else ()
                 overrides = _merged([*self.common, *(own.get("overrides") or ()), alpha, *words, *extra])
                 minutes = self.headline["minutes"] if is_headline else self.minutes
                 for seed in self.headline["seeds"] if is_headline else self.seeds:
-                    found.append(Cell(data, row, seed, root, overrides, minutes, is_headline))
-        return sorted(found, key=lambda cell: cell.seed)
+                    trained.append(Cell(data, row, seed, root, overrides, minutes, is_headline))
+            found += [*trained, *self._joined(trained, alpha)]
+        return sorted((cell for cell in found if not rows or cell.row in rows), key=lambda cell: cell.seed)
+
+    def _joined(self, trained: Sequence[Cell], alpha: str) -> Iterator[Cell]:
+        """The ensembles' cells, for the seeds that all their members have."""
+        device = ["device=cpu"] if "trainer.accelerator=cpu" in self.common else []
+        overrides = (*device, *(word for word in self.common if word.startswith("report.")), alpha)
+        for row, of in self.ensembles.items():
+            for seed in dict.fromkeys(cell.seed for cell in trained):
+                members = tuple(cell for name in of for cell in trained if (cell.row, cell.seed) == (name, seed))
+                if len(members) == len(of):
+                    minutes = sum(member.minutes for member in members)
+                    yield Cell(members[0].data, row, seed, members[0].root, overrides, minutes, members=members)
 
 
 def _merged(words: Iterable[str]) -> tuple[str, ...]:
@@ -198,6 +219,17 @@ def _words(words: object, where: str) -> tuple[str, ...]:
         if key in _OWN:
             raise ConfigError(f"{where} sets {key}, which the benchmark sets itself: leave it out.")
     return tuple(map(str, words or ()))
+
+
+def _members(name: str, of: object, rows: Mapping[str, Any]) -> tuple[str, ...]:
+    if not isinstance(of, list) or len(of) < 2:
+        raise ConfigError(f"ensembles.{name} is a list of two or more rows as [nearest, vae], found '{of}'.")
+    for row in of:
+        if row not in rows:
+            raise ConfigError(f"ensembles.{name} joins '{row}', which is no row: {nearest_names(str(row), rows)}")
+    if name in rows:
+        raise ConfigError(f"ensembles.{name} has the name of a row: take another.")
+    return tuple(of)
 
 
 def _number(value: object, where: str) -> float:
@@ -349,6 +381,8 @@ def work(cell: Cell, out: Path, run_process: Runner, command: str = "") -> dict[
         "headline": cell.headline,
         "minutes": cell.minutes,
     }
+    if cell.members:
+        result["note"] = f"`blemish ensemble` of {', '.join(member.row for member in cell.members)}"
     run, log = cell.folder(out), cell.folder(out).with_suffix(".log")
     ended, interrupted = train(cell, out, run_process)
     if not _succeeded(ended, run):
@@ -374,6 +408,8 @@ def train(cell: Cell, out: Path, run_process: Runner) -> tuple[Ended, bool]:
     state = _state(run) if _read(asked).get("key") == cell.key else None
     if state == "done":
         return Ended(0, 0.0, 0.0, 0.0, ""), bool(_read(asked).get("interrupted"))
+    if cell.members:
+        return _join(cell, out, run_process), False
     command = [sys.executable, "-m", "blemish", "train"]
     if state in ("training", "trained"):
         write_json(asked, {"key": cell.key, "interrupted": True})
@@ -384,14 +420,35 @@ def train(cell: Cell, out: Path, run_process: Runner) -> tuple[Ended, bool]:
         if not _refused(ended):
             return ended, True
         print(f"  cannot be resumed, begins anew: {ended.sentence}", flush=True)
-    for old in (run, *run.parent.glob(f"{run.name}.*.json")):
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    write_json(asked, {"key": cell.key, "interrupted": False})
+    _clear(cell, out)
     words = ["data=mvtec", f"data.root={cell.root}", f"out={run}", f"seed={cell.seed}", *cell.overrides]
     ended = run_process([*command, *words], log)
     if _succeeded(ended, run):
         _keep_costs(run, ended)
     return ended, False
+
+
+def _join(cell: Cell, out: Path, run_process: Runner) -> Ended:
+    """What takes the place of training for an ensemble, which is made anew after a stop."""
+    for member in cell.members:
+        folder = member.folder(out)
+        if _state(folder) != "done" or _read(folder.with_suffix(".cell.json")).get("key") != member.key:
+            return Ended(2, 0.0, 0.0, 0.0, f"blemish: {member.name} is not finished here: run its row before.")
+    _clear(cell, out)
+    run, runs = cell.folder(out), ",".join(str(member.folder(out)) for member in cell.members)
+    words = [f"runs=[{runs}]", f"out={run}", *cell.overrides]
+    ended = run_process([sys.executable, "-m", "blemish", "ensemble", *words], run.with_suffix(".log"))
+    if _succeeded(ended, run):
+        _keep_costs(run, ended)
+    return ended
+
+
+def _clear(cell: Cell, out: Path) -> None:
+    """Nothing of an earlier try is left, and what is asked for now is written down."""
+    run = cell.folder(out)
+    for old in (run, *run.parent.glob(f"{run.name}.*.json")):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    write_json(run.with_suffix(".cell.json"), {"key": cell.key, "interrupted": False})
 
 
 def _succeeded(ended: Ended, run: Path) -> bool:

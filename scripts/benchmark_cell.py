@@ -28,6 +28,7 @@ from typing import Any
 MOST_IMAGES, MOST_PIXELS = 64, 2**26
 SECONDS, MOST_PASSES = 5.0, 7
 BATCHES = (1, 32)
+_APART = ("out", "resume", "runs", "seed", "root")  # settings that tell two runs of one kind apart
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -87,12 +88,12 @@ def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings of `blemish train`, but for its folders, and for seeds, a model's own included."""
+    """SHA-256 of a run's settings, but for its folders, and for seeds, a model's own included."""
 
     def kept(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {key: kept(part) for key, part in value.items() if key not in ("out", "resume", "seed", "root")}
+        return {key: kept(part) for key, part in value.items() if key not in _APART}
 
     return hashlib.sha256(json.dumps(kept(settings), sort_keys=True).encode()).hexdigest()
 
@@ -166,7 +167,7 @@ def spread_evenly(paths: Sequence[Path]) -> list[Path]:
 
 def detector_speed(detector: Any, images: Sequence[Any], batch: int) -> dict[str, Any]:
     """Images per second with up to `batch` tiles scored at once."""
-    ready = replace(detector, tiling=replace(detector.tiling, batch=batch))
+    ready = with_batch(detector, batch)
 
     def decide(chosen: Sequence[Any]) -> None:
         for batch_scored in ready.score_batches(chosen):
@@ -174,6 +175,19 @@ def detector_speed(detector: Any, images: Sequence[Any], batch: int) -> dict[str
                 ready.decide(scored.score_map, scored.label)
 
     return speed(decide, images, batch)
+
+
+def with_batch(detector: Any, batch: int) -> Any:
+    """That scores up to so many tiles at once, each member of an ensemble for itself."""
+    if hasattr(detector, "members"):
+        return replace(detector, members=tuple(with_batch(member, batch) for member in detector.members))
+    return replace(detector, tiling=replace(detector.tiling, batch=batch))
+
+
+def scorers_of(detector: Any) -> list[Any]:
+    """Its own, or those of an ensemble's members."""
+    members = getattr(detector, "members", None)
+    return [detector.scorer] if members is None else [one for member in members for one in scorers_of(member)]
 
 
 def speed(one_pass: Callable[[Sequence[Any]], None], images: Sequence[Any], batch: int) -> dict[str, Any]:
@@ -207,6 +221,24 @@ def trained_steps(run: Path) -> int | None:
     return int(torch.load(file, map_location="cpu", weights_only=True)["global_step"]) if file.is_file() else None
 
 
+def training_of(run: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """What it cost; of an ensemble, what its members' trainings cost together."""
+    if "members" in about:
+        costs = [read_json(Path(member["run"]) / "run.json") for member in about["members"]]
+        names = {"seconds": "training_seconds", "core_seconds": "training_core_seconds"}
+        return {name: sum(cost[key] for cost in costs) for name, key in names.items()}
+    steps, seconds = trained_steps(run), about.get("training_seconds")
+    tiles = settings["training"]["batch_size"] * settings["training"].get("accumulate", 1)
+    return {
+        "seconds": seconds,
+        "core_seconds": about.get("training_core_seconds"),
+        "steps": steps,
+        "planned_steps": settings["training"]["steps"],
+        "batch_size": settings["training"]["batch_size"],
+        "tiles_per_second": steps * tiles / seconds if steps and seconds else None,
+    }
+
+
 def measure(run: Path) -> dict[str, Any]:
     import yaml
 
@@ -218,7 +250,8 @@ def measure(run: Path) -> dict[str, Any]:
     about = read_json(run / "run.json")
     if not (run / "metrics.json").is_file():
         raise DataError("The data set has no test part: there is nothing to measure.")
-    detector = load_detector(run, "cpu" if settings["trainer"].get("accelerator") == "cpu" else "auto")
+    on_cpu = "cpu" in (settings.get("device"), settings.get("trainer", {}).get("accelerator"))
+    detector = load_detector(run, "cpu" if on_cpu else "auto")
     card = detector.card
     paths = images_of(run)
     with tempfile.TemporaryDirectory() as name:
@@ -232,34 +265,25 @@ def measure(run: Path) -> dict[str, Any]:
     images = in_memory(paths, read_pixels)
     inference["images"] = len(images)
     inference |= {f"batch_{batch}": detector_speed(detector, images, batch) for batch in BATCHES}
-    steps, seconds = trained_steps(run), about.get("training_seconds")
-    tiles = settings["training"]["batch_size"] * settings["training"].get("accumulate", 1)
     metrics = read_json(run / "metrics.json")
     figures = figures_of(metrics)
-    alarms = figures["false_alarms"]
+    alarms, scorers = figures["false_alarms"], scorers_of(detector)
     figures["chance"] = chance_of_alarms(card.n, card.rank, figures["normals"], alarms) if card.rank else None
     return {
         "figures": figures,
         "kinds": kinds_of(metrics),
         "synthetic": synthetic_of(run),
         "calibration": {"alpha": card.promise.alpha, "rule": card.promise.rule, "n": card.n, "rank": card.rank},
-        "training": {
-            "seconds": seconds,
-            "core_seconds": about.get("training_core_seconds"),
-            "steps": steps,
-            "planned_steps": settings["training"]["steps"],
-            "batch_size": settings["training"]["batch_size"],
-            "tiles_per_second": steps * tiles / seconds if steps and seconds else None,
-        },
+        "training": training_of(run, settings, about),
         "inference": inference,
-        "parameters": sum(parameter.numel() for parameter in detector.scorer.model.parameters()),
-        "numbers": numbers_of(detector.scorer.model, detector.scorer.score),
+        "parameters": sum(parameter.numel() for scorer in scorers for parameter in scorer.model.parameters()),
+        "numbers": sum(numbers_of(scorer.model, scorer.score) for scorer in scorers),
         "images": about["images"],
         "source": source(),
         "config_fingerprint": fingerprint(settings),
         "detector_fingerprint": detector.fingerprint,
         "data_fingerprint": about["data_fingerprint"],
-        "hardware": hardware(str(detector.scorer.device)),
+        "hardware": hardware(str(scorers[0].device)),
     }
 
 

@@ -78,14 +78,15 @@ class Fake:
 
     def __init__(self, bench, fails=(), stops=(), output="Traceback\nblemish: The disk is full.\n"):
         self.bench, self.fails, self.stops, self.output = bench, set(fails), set(stops), output
-        self.trained, self.resumed, self.measured = [], [], []
+        self.trained, self.resumed, self.measured, self.joined = [], [], [], []
 
     def __call__(self, command, log):
-        if "train" not in command:
+        if "train" not in command and "ensemble" not in command:
             self.measured.append(self.row_of(command[-2]))
             Path(command[-1]).write_text(json.dumps(found_by_measuring()))
             return self.bench.Ended(0, 1.0, 1.0, 50.0, "")
         words = dict(word.split("=", 1) for word in command if "=" in word)
+        self.joined.append(words.get("runs"))
         run = Path(words.get("resume") or words["out"])
         (self.resumed if "resume" in words else self.trained).append(self.row_of(run))
         if self.row_of(run) in self.fails:
@@ -127,6 +128,41 @@ def test_cells_of_the_settings(settings, tmp_path):
     assert len({cell.key for cell in cells}) == 8
 
 
+JOINED = (
+    SETTINGS.replace("[trainer=cpu,", "[trainer.accelerator=cpu, report.images=9,")
+    + """
+ensembles: {both: [best, plain]}
+"""
+)
+
+
+def test_an_ensemble_is_joined_from_the_runs_of_its_seed(bench, settings, tmp_path):
+    cells = settings(JOINED).cells({"tiles": tmp_path / "t"})
+    assert [(cell.row, cell.seed) for cell in cells] == [
+        *(("plain", 0), ("best", 0), ("both", 0), ("best", 1), ("best", 2))
+    ], "plain has one seed"
+    both = cells[2]
+    assert both.overrides == ("device=cpu", "report.images=9", "calibration.alpha=0.1") and both.minutes == 25
+    others = settings(JOINED.replace("[model=conv_ae,", "[model=vae,")).cells({"tiles": tmp_path / "t"})
+    assert others[2].key != both.key, "another member is another ensemble"
+    alone = Fake(bench)
+    assert bench.benchmark([both], tmp_path / "alone", alone) == 1 and not alone.trained
+    failed = bench.read_results(tmp_path / "alone" / "results.jsonl")[0]
+    assert failed["sentence"] == "tiles, best, seed 0 is not finished here: run its row before."
+    fake = Fake(bench)
+    assert bench.benchmark(cells[:3], tmp_path / "out", fake) == 0
+    assert fake.joined == [
+        None,
+        None,
+        f"[{both.members[0].folder(tmp_path / 'out')},{both.members[1].folder(tmp_path / 'out')}]",
+    ]
+    assert fake.trained == ["tiles/plain/0", "tiles/best/0", "tiles/both/0"] == fake.measured
+    page = (tmp_path / "out" / "benchmark.md").read_text()
+    assert "| both" in page and "`blemish ensemble` of best, plain: `device=cpu report.images=9`" in page
+    again = Fake(bench)
+    assert bench.benchmark(cells[:3], tmp_path / "out", again) == 0 and not again.trained
+
+
 def test_rows_can_be_chosen(settings, tmp_path):
     assert {cell.row for cell in settings().cells({"dice": tmp_path}, ["plain"])} == {"plain"}
     with pytest.raises(ConfigError, match="did you mean 'plain'"):
@@ -141,6 +177,9 @@ def test_rows_can_be_chosen(settings, tmp_path):
         ({"rows": {"a": ["model"]}}, "KEY=VALUE, found 'model'"),
         ({"rows": {"a": "model=vae"}}, "is a list of overrides"),
         ({"rows": {"a": ["seed=3"]}}, "sets seed, which the benchmark sets itself"),
+        ({"ensembles": {"both": ["plain"]}}, r"ensembles\.both is a list of two or more rows"),
+        ({"ensembles": {"both": ["plain", "bst"]}}, "joins 'bst', which is no row: did you mean 'best'"),
+        ({"ensembles": {"plain": ["plain", "best"]}}, "has the name of a row"),
         ({"minuts": 3}, "did you mean 'minutes'"),
         ({"minutes": "long"}, "a positive number, found 'long'"),
         ({"headline": {"row": "worst"}}, "headline.row is 'worst'"),
@@ -551,7 +590,8 @@ def test_one_real_cell(bench, make_mvtec, tiny, tmp_path, capsys):
     data = make_mvtec(tmp_path / "data")
     file = tmp_path / "tiny.yaml"
     words = [word for word in tiny if not word.startswith("calibration.alpha")]
-    settings = {"rows": {"small": ["model=conv_ae"], "odd": ["model=conv"]}, "common": words}
+    rows = {"small": ["model=conv_ae"], "other": ["model=conv_ae", "residual=l2"], "odd": ["model=conv"]}
+    settings = {"rows": rows, "ensembles": {"both": ["small", "other"]}, "common": words}
     file.write_text(yaml.safe_dump(settings | {"data": {"blobs": {"alpha": 0.1}}}, sort_keys=False))
     arguments = [str(file), f"out={tmp_path / 'out'}", f"data.blobs={data}"]
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -560,7 +600,7 @@ def test_one_real_cell(bench, make_mvtec, tiny, tmp_path, capsys):
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
             signal.signal(number, handler)
-    done, failed = bench.read_results(tmp_path / "out" / "results.jsonl")
+    done, other, failed, both = bench.read_results(tmp_path / "out" / "results.jsonl")
     assert failed["sentence"].startswith("There is no model 'conv'")
     metrics = json.loads((tmp_path / "out/runs/blobs/small/0/metrics.json").read_text())
     assert done["figures"]["aupro_0.05"] == metrics["overall"]["aupro_0.05"] is not None
@@ -569,6 +609,9 @@ def test_one_real_cell(bench, make_mvtec, tiny, tmp_path, capsys):
     assert done["training"]["tiles_per_second"] == pytest.approx(16 / done["training"]["seconds"])
     assert done["training"]["peak_mib"] > 100 and done["inference"]["peak_mib"] > 100
     assert done["inference"]["batch_1"]["slowest"] <= done["inference"]["batch_1"]["images_per_second"]
+    assert both["training"]["seconds"] == done["training"]["seconds"] + other["training"]["seconds"]
+    assert both["parameters"] == done["parameters"] + other["parameters"]
+    assert both["inference"]["batch_1"]["images_per_second"] > 0 and both["figures"]["aupro_0.05"] is not None
     assert str(tmp_path) not in (tmp_path / "out" / "benchmark.md").read_text()
 
 
