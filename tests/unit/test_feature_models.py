@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,11 @@ from torch import nn
 from blemish.errors import ConfigError
 from blemish.models import feature_cache
 from blemish.models.backbones import Backbone, LiteBackbone
-from blemish.models.contracts import Fittable, Output
+from blemish.models.contracts import Fittable, Output, Unexportable
 from blemish.models.feature_ae import FeatureAutoencoder
 from blemish.models.feature_cache import cached
 from blemish.models.gaussian import GlobalGaussian, PlaceGaussian
-from blemish.models.nearest import NearestFeature, greedy_coreset, nearest
+from blemish.models.nearest import Cells, NearestFeature, greedy_coreset, nearest
 from blemish.models.place_nearest import PlaceNearest
 from blemish.residuals import L1, L2, SSIM, WeightedSum
 from blemish.scores.contracts import compared, residual_tile
@@ -335,6 +337,54 @@ def test_nearest_is_that_of_brute_force(monkeypatch, limit):
     queries, bank = rng.normal(size=(301, 7)), rng.normal(size=(97, 7))
     found = nearest(torch.from_numpy(queries).float(), torch.from_numpy(bank).float())
     np.testing.assert_array_equal(found, cdist(queries, bank).argmin(axis=1))
+
+
+needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="needs the package faiss-cpu")
+
+
+@needs_faiss
+def test_faiss_finds_the_nearest_in_all_cells_and_hardly_worse_in_some():
+    generator = torch.Generator().manual_seed(0)
+    middles = torch.randn(60, 6, generator=generator)
+    bank, queries = (
+        middles[torch.randint(60, (count,), generator=generator)] + 0.3 * torch.randn(count, 6, generator=generator)
+        for count in (6000, 200)
+    )
+    exact = nearest(queries, bank)
+    assert torch.equal(Cells(10_000).nearest(queries, bank), exact)
+    found = Cells(4).nearest(queries, bank)
+    distance = [(queries - bank[which]).norm(dim=1) for which in (exact, found)]
+    assert (found == exact).float().mean() > 0.8 and (distance[1] / distance[0]).mean() < 1.02
+    few = bank[:3]
+    assert torch.equal(Cells(1).nearest(queries, few), nearest(queries, few)), "one cell"
+
+
+@needs_faiss
+def test_faiss_follows_the_bank_and_its_model():
+    model = fitted(NearestFeature, 300, search="faiss", probes=100)
+    exact = fitted(NearestFeature, 300)
+    with torch.inference_mode():
+        assert torch.equal(model(tiles(3, seed=5)).expected, exact(tiles(3, seed=5)).expected)
+        copy = deepcopy(model)
+        assert torch.equal(copy(tiles(3, seed=5)).expected, model(tiles(3, seed=5)).expected)
+    model.load_state_dict(model.state_dict() | {"bank": 0.5 * model.bank})
+    moved = model(tiles(3, seed=5)).expected
+    assert {tuple(row) for row in moved.movedim(1, -1).flatten(0, 2).tolist()} <= {
+        tuple(row) for row in model.bank.tolist()
+    }
+    model.fit(tiles(seed=9).split(7))
+    relearned = model(tiles(3, seed=5)).expected
+    assert not torch.equal(relearned, moved)
+    assert torch.equal(relearned, fitted(NearestFeature, 300, normal=tiles(seed=9))(tiles(3, seed=5)).expected)
+    assert isinstance(model, Unexportable) and not isinstance(exact, Unexportable)
+
+
+def test_faiss_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr("blemish.models.nearest.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"model\.search=faiss needs a package: pip install 'blemish\[faiss\]'"):
+        NearestFeature(Tiny(), 4, search="faiss")
+    with pytest.raises(ConfigError, match=r"Unknown model\.search 'fais': did you mean 'faiss'"):
+        NearestFeature(Tiny(), 4, search="fais")
 
 
 def test_memory_of_a_search_is_bounded(monkeypatch):

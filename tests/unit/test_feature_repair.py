@@ -1,11 +1,15 @@
 """Models that see a corrupted tile and are trained to expect the clean one's features."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from blemish.data.corruption import Structured
+from blemish.models import feature_cache
 from blemish.models.contracts import Fittable, Observing, Output, Preparing
 from blemish.models.feature_repair import FeatureRepair
 from blemish.models.student import Student
@@ -124,7 +128,7 @@ def test_a_teacher_need_not_look_at_what_is_corrupted(monkeypatch):
     monkeypatch.setattr(Coarse, "forward", lambda self, x: seen.append(len(x)) or look(self, x))
     task = ReconstructionTask(model.train(), ReconstructionObjective(L2()), Structured(), 0.01, 0.0, 1, 0)
     for step in range(3):
-        task.loss_of(tiles(8, step))
+        task.loss_of(tiles(8, 1 + step))
     assert sorted(seen) == [1, 8, 8, 8], "the clean tiles, and one for the size of the grid"
     output = model.eval()(tiles(4))
     assert torch.equal(output.observed, model.observe(tiles(4)))
@@ -145,3 +149,37 @@ def test_what_is_observed_is_shown_to_a_density(mask_head):
     output = model(tiles(2))
     assert torch.equal(output.activations[0], output.observed)
     assert len(output.activations) == 1 + mask_head
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The numbers of tiles that the frozen network was shown, call by call."""
+    calls, look = [], Coarse.forward
+    monkeypatch.setattr(Coarse, "forward", lambda self, x: calls.append(len(x)) or look(self, x))
+    return calls
+
+
+def test_normal_tiles_are_not_shown_to_the_network_again_in_training(asked):
+    model = prepared(Student).train()
+    asked.clear()
+    known = tiles()[[3, 11, 3]].contiguous(memory_format=torch.channels_last)
+    expected = model.observe(known)
+    assert not asked
+    model.eval()
+    torch.testing.assert_close(expected, model.observe(known), atol=2e-3, rtol=2e-3)  # the file has float16
+    assert asked == [3], "never in evaluation"
+    model.train().observe(torch.cat([tiles()[:2], tiles(1, seed=9)]))
+    assert asked == [3, 3], "one stranger, and all are shown"
+    for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other.observe(known), model.eval().observe(known))
+    assert asked[2:] == [3, 3, 3, 3], "copies have no file"
+
+
+def test_where_tiles_are_cut_at_random_they_are_not_looked_for_for_ever(asked, monkeypatch):
+    named = []
+    monkeypatch.setattr(feature_cache, "_STRANGERS", 5)
+    model = prepared(Student).train()
+    monkeypatch.setattr(feature_cache, "_name_of", lambda tile: named.append(tile) or b"stranger")
+    for seed in range(9):
+        model.observe(tiles(2, seed=100 + seed))
+    assert len(named) == 2 * 5

@@ -24,6 +24,7 @@ from blemish.files import atomic, explain_write_errors
 from blemish.frozen import content_of
 
 DTYPES = "float16", "float32"
+_STRANGERS = 64  # batches, one after the other, after which no tile is taken to come again
 _LEAST = 0.01  # of the mean deviation
 
 
@@ -32,11 +33,13 @@ class FeatureCache:
     """Grids of features of N normal tiles; all that is read comes as float32.
 
     values: (N, h, w, D) float16 or float32, on disk. mean, deviation: of each feature over all of them, (D,) float32.
+    chosen: the number of each one's tile among those that there were, (N,).
     """
 
     values: npt.NDArray[np.floating[Any]]
     mean: Tensor
     deviation: Tensor
+    chosen: npt.NDArray[np.int64]
 
     @property
     def unit(self) -> Tensor:
@@ -81,6 +84,35 @@ class FeatureCache:
     def places(self, first: int, last: int) -> Tensor:
         """All tiles' features at the places from `first` to before `last`, counted row by row: (N, places, D)."""
         return _read(self.values.reshape(self.tiles, -1, self.values.shape[3])[:, first:last])
+
+
+class KnownGrids:
+    """The grids of tiles that come again, by their pixels; of others nothing is known.
+
+    Args:
+        cache: what was computed. batches: the tiles that it was computed from, in the same order.
+    """
+
+    def __init__(self, cache: FeatureCache, batches: Iterable[Tensor]) -> None:
+        self._values = cache.values
+        names = [_name_of(tile) for batch in batches for tile in batch]
+        self._rows = {names[number]: row for row, number in enumerate(cache.chosen.tolist())}
+        self._strangers = 0
+
+    def of(self, tiles: Tensor) -> Tensor | None:
+        """Tiles (B, C, H, W) -> (B, h, w, D) float32; None if one of them is not known."""
+        if self._strangers == _STRANGERS:
+            return None  # training cuts tiles from random places: naming them would be for nothing
+        names = [_name_of(tile) for tile in tiles]
+        if any(name not in self._rows for name in names):
+            self._strangers += 1
+            return None
+        self._strangers = 0
+        return _read(self._values[[self._rows[name] for name in names]])
+
+
+def _name_of(tile: Tensor) -> bytes:
+    return hashlib.sha256(content_of(tile)).digest()
 
 
 def _read(values: npt.NDArray[np.floating[Any]]) -> Tensor:
@@ -169,7 +201,7 @@ def cached(
     with tempfile.TemporaryDirectory(prefix="blemish-", dir=folder) as temporary:
         path = Path(temporary) / "features.npy"
         mean, deviation = compute(path)
-        cache = FeatureCache(np.load(path, mmap_mode="r"), mean, deviation)
+        cache = FeatureCache(np.load(path, mmap_mode="r"), mean, deviation, chosen)
         if sys.platform == "win32":  # where no open file can be removed
             yield cache
             return
@@ -215,7 +247,7 @@ class _Kept:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, tile: Tensor) -> Path:
-        return self.folder / f"{hashlib.sha256(content_of(tile)).hexdigest()[:32]}.npz"
+        return self.folder / f"{_name_of(tile).hex()[:32]}.npz"
 
     def read(self, file: Path) -> _Grid | None:
         """None if it is not there, or damaged."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from blemish.errors import ConfigError, nearest_names
 from blemish.models.arguments import check_positive
 from blemish.models.contracts import FeatureSource, Output
-from blemish.models.feature_cache import DTYPES, FeatureCache, cached
+from blemish.models.feature_cache import DTYPES, FeatureCache, KnownGrids, cached
 
 PROJECTIONS = ("none", "random", "pca")
 _MOST_FOR_PCA = 100_000  # patches
@@ -123,20 +124,38 @@ class FeatureSpace(nn.Module):
 class TrainedInFeatureSpace(FeatureSpace):
     """Base of those that the trainer trains towards features, whose mean and deviation are learned before.
 
+    On the CPU, what the backbone says of whole normal images is kept for the training, in a temporary file of at most
+    `cache_gb`: they come again in every epoch, and asking it costs more than the file.
+
     Args, Raises: those of `FeatureSpace`.
     """
 
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._known: KnownGrids | None = None
+        self._open = ExitStack()
+
     def prepare(self, batches: Iterable[Tensor]) -> None:
         """As `Preparing`."""
-        with self.normal(batches):
-            pass
+        self._open.close()
+        self._open = ExitStack()
+        cache = self._open.enter_context(self.normal(batches))
+        self._known = KnownGrids(cache, batches) if self.mean.device.type == "cpu" else None
 
     def observe(self, x: Tensor) -> Tensor:
         """As `FeatureSpace`, but in training no gradient passes, and half precision will do: it halves the time."""
         if not self.training:
             return super().observe(x)
         with torch.no_grad():
-            return self.look(x)
+            grids = self._known.of(x) if self._known is not None and self._asks_file(x) else None
+            return self.look(x) if grids is None else self.prepared(grids).movedim(-1, 1)
+
+    def _asks_file(self, x: Tensor) -> bool:
+        return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, and other processes, ask the backbone."""
+        return {**self.__dict__, "_known": None, "_open": ExitStack()}
 
 
 class FeatureModel(FeatureSpace, ABC):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -13,8 +16,10 @@ from blemish.models.feature_cache import FeatureCache
 from blemish.models.features import FeatureModel, in_parts
 
 CORESETS = ("greedy", "random")
+SEARCHES = ("exact", "faiss")
 _SKETCH = 64
 _AT_ONCE = 8192  # patches of a bank
+_LEAST_IN_CELL, _MOST_FOR_CELL = 39, 64  # patches, on average, and of those that its centre is learned from
 
 
 class NearestFeature(FeatureModel):
@@ -30,9 +35,13 @@ class NearestFeature(FeatureModel):
             normal tiles is not called anomalous; or random. Distances for this choice are those of 64 random
             combinations of the features, as in PatchCore.
         candidates: of greedy choice, so many random patches.
+        search: exact; or faiss, which looks into some cells of a large bank only, so that what it finds may be a little
+            farther away (Johnson, Douze and Jegou, Billion-scale similarity search with GPUs, arXiv 1702.08734, the
+            index IVF). Its index is made at the first tile.
+        probes: of faiss, how many cells it looks into.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or the package faiss-cpu is missing.
     """
 
     remembers_tiles = True
@@ -48,9 +57,17 @@ class NearestFeature(FeatureModel):
         dimensions: int | None = None,
         cache_gb: float = 4.0,
         seed: int = 0,
+        search: str = SEARCHES[0],
+        probes: int = 16,
     ) -> None:
         super().__init__(backbone, projection, dimensions, cache_gb, seed)
-        check_counts(bank=bank, candidates=candidates)
+        check_counts(bank=bank, candidates=candidates, probes=probes)
+        if search not in SEARCHES:
+            raise ConfigError(f"Unknown model.search '{search}': {nearest_names(search, SEARCHES)}")
+        self.cells: Cells | None = None
+        if search == "faiss":
+            self.cells = Cells(probes)
+            self.unexportable = "model.search=faiss is outside of PyTorch"
         if coreset not in CORESETS:
             raise ConfigError(f"Unknown model.coreset '{coreset}': {nearest_names(coreset, CORESETS)}")
         if coreset == "greedy" and candidates < bank:
@@ -59,6 +76,8 @@ class NearestFeature(FeatureModel):
         self.register_buffer("bank", torch.zeros(bank, self.dimensions))
 
     def learn(self, cache: FeatureCache) -> None:
+        if self.cells is not None:
+            self.cells.forget()
         size = len(self.bank)
         if self.coreset == "greedy":
             patches = self.prepared(cache.sample(self.candidates, self.generator()))
@@ -68,6 +87,11 @@ class NearestFeature(FeatureModel):
         places = cache.choose(size, self.generator())
         for part in torch.split(torch.arange(size), _AT_ONCE):  # so that a large bank is not held twice
             self.bank[part] = self.prepared(cache.read(places[part % len(places)]))
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.cells is not None:
+            self.cells.forget()
 
     def _sketched(self, patches: Tensor) -> Tensor:
         """(N, D) -> (N, 64), distances nearly kept (Johnson and Lindenstrauss); fewer features stay as they are."""
@@ -79,7 +103,8 @@ class NearestFeature(FeatureModel):
 
     def expect(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         places = observed.movedim(1, -1)
-        found = nearest(places.detach().reshape(-1, self.dimensions), self.bank)
+        search = nearest if self.cells is None else self.cells.nearest
+        found = search(places.detach().reshape(-1, self.dimensions), self.bank)
         return observed, self.bank[found].reshape(places.shape).movedim(-1, 1)
 
 
@@ -102,6 +127,51 @@ def nearest(queries: Tensor, bank: Tensor) -> Tensor:
         return found
 
     return in_parts(search, queries, width)
+
+
+class Cells:
+    """A bank in cells around centres, of which those next to a query are searched: faiss's index IVF, on the CPU.
+
+    Args:
+        probes: how many cells.
+
+    Raises:
+        ConfigError: the package is missing.
+    """
+
+    def __init__(self, probes: int) -> None:
+        if find_spec("faiss") is None:
+            raise ConfigError(
+                "model.search=faiss needs a package: pip install 'blemish[faiss]', or set model.search=exact."
+            )
+        self.probes = probes
+        self._index: Any = None
+        self._of: Tensor | None = None
+
+    def forget(self) -> None:
+        """The bank's content has changed."""
+        self._of = None
+
+    def nearest(self, queries: Tensor, bank: Tensor) -> Tensor:
+        """As the function of this name, but what is found may be a little farther away than the nearest."""
+        if self._of is not bank:
+            self._index, self._of = self._made(bank), bank
+        _, found = self._index.search(queries.cpu().contiguous().numpy(), 1)
+        return torch.from_numpy(found[:, 0]).to(bank.device)
+
+    def _made(self, bank: Tensor) -> Any:
+        import faiss
+
+        features = bank.detach().cpu().contiguous().numpy()
+        count, dimensions = features.shape
+        # As faiss advises; it warns of cells with fewer features.
+        cells = max(1, min(int(4 * count**0.5), count // _LEAST_IN_CELL))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimensions), dimensions, cells)
+        index.cp.max_points_per_centroid = _MOST_FOR_CELL
+        index.train(features)
+        index.add(features)
+        index.nprobe = min(self.probes, cells)
+        return index
 
 
 def greedy_coreset(points: Tensor, count: int) -> Tensor:

@@ -96,8 +96,8 @@ class ReconstructionTask(pl.LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val/loss", self.held_out(self.loss_of(batch)), prog_bar=True, sync_dist=True)
         # What the score map will be made of, on clean input.
-        shown = self.shown(batch)
-        clean = self.objective.residual(observed_by(self.model, shown), self._forward(shown).expected)
+        output = self._forward(self.shown(batch))
+        clean = self.objective.residual(output.observed, output.expected)
         self.log("val/score", clean.amax(dim=(1, 2, 3)).mean(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
