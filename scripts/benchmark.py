@@ -73,8 +73,12 @@ class Cell:
     def key(self) -> str:
         """Names what was asked for, defaults included: a result counts as long as nobody asks for something else."""
         asked = [__version__, self.data, self.row, str(self.seed), *self.overrides]
-        asked += [member.key for member in self.members] or [_composed(self.overrides)]
+        asked += [member.key for member in self.members] or [self._composed_fingerprint()]
         return hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]
+
+    def _composed_fingerprint(self) -> str:
+        settings = _composed(self.overrides)
+        return fingerprint(settings) if settings else ""
 
     @property
     def name(self) -> str:
@@ -85,15 +89,19 @@ class Cell:
 
 
 @cache
-def _composed(overrides: tuple[str, ...]) -> str:
-    """The fingerprint of the settings that they make; empty if they make none, which the training then says."""
+def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that they make; empty if they make none, which the training then says."""
     from omegaconf import OmegaConf
 
     try:
         settings: Any = OmegaConf.to_container(compose_settings("train", ["data=mvtec", *overrides]))
     except ConfigError:
-        return ""
-    return fingerprint(settings)
+        return {}
+    return dict(settings)
+
+
+def _on_cpu(overrides: tuple[str, ...]) -> bool:
+    return _composed(overrides).get("trainer", {}).get("accelerator") == "cpu"
 
 
 @dataclass(frozen=True)
@@ -170,14 +178,14 @@ class Settings:
         return sorted((cell for cell in found if not rows or cell.row in rows), key=lambda cell: cell.seed)
 
     def _joined(self, trained: Sequence[Cell], alpha: str) -> Iterator[Cell]:
-        """The ensembles' cells, for the seeds that all their members have."""
-        device = ["device=cpu"] if "trainer.accelerator=cpu" in self.common else []
-        overrides = (*device, *(word for word in self.common if word.startswith("report.")), alpha)
+        """The ensembles' cells, for the seeds that all their members have, on the CPU where these are trained there."""
+        report = [word for word in self.common if word.startswith("report.")]
         for row, of in self.ensembles.items():
             for seed in dict.fromkeys(cell.seed for cell in trained):
                 members = tuple(cell for name in of for cell in trained if (cell.row, cell.seed) == (name, seed))
                 if len(members) == len(of):
-                    minutes = sum(member.minutes for member in members)
+                    device = ["device=cpu"] if all(_on_cpu(member.overrides) for member in members) else []
+                    overrides, minutes = (*device, *report, alpha), sum(member.minutes for member in members)
                     yield Cell(members[0].data, row, seed, members[0].root, overrides, minutes, members=members)
 
 
@@ -224,8 +232,10 @@ def _words(words: object, where: str) -> tuple[str, ...]:
 def _members(name: str, of: object, rows: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(of, list) or len(of) < 2:
         raise ConfigError(f"ensembles.{name} is a list of two or more rows as [nearest, vae], found '{of}'.")
+    if len(set(map(str, of))) < len(of):
+        raise ConfigError(f"ensembles.{name} joins a row with itself, found '{of}'.")
     for row in of:
-        if row not in rows:
+        if not isinstance(row, str) or row not in rows:
             raise ConfigError(f"ensembles.{name} joins '{row}', which is no row: {nearest_names(str(row), rows)}")
     if name in rows:
         raise ConfigError(f"ensembles.{name} has the name of a row: take another.")

@@ -93,9 +93,21 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     def kept(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {key: kept(part) for key, part in value.items() if key not in _APART}
+        named = {
+            key: Path(part).name if key == "weights" and isinstance(part, str) else part for key, part in value.items()
+        }
+        return {key: kept(part) for key, part in named.items() if key not in _APART}
 
     return hashlib.sha256(json.dumps(kept(settings), sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(run: Path) -> str:
+    """That of a run's settings; of an ensemble, with those of its members."""
+    import yaml
+
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    members = [fingerprint_of(Path(member["run"])) for member in read_json(run / "run.json").get("members", ())]
+    return fingerprint(settings | {"members": members} if members else settings)
 
 
 def source() -> str:
@@ -280,7 +292,7 @@ def measure(run: Path) -> dict[str, Any]:
         "numbers": sum(numbers_of(scorer.model, scorer.score) for scorer in scorers),
         "images": about["images"],
         "source": source(),
-        "config_fingerprint": fingerprint(settings),
+        "config_fingerprint": fingerprint_of(run),
         "detector_fingerprint": detector.fingerprint,
         "data_fingerprint": about["data_fingerprint"],
         "hardware": hardware(str(scorers[0].device)),

@@ -265,7 +265,7 @@ def restore(
         cleaning = build_section(Cleaning, content["config"], "cleaning")
         return Ensemble.of(members, content["units"], content["config"]["join"], cleaning, content["about"])
     allowed = (*TRUSTED, *trusted)
-    model = build(_with_what_it_needs(content["config"]["model"], run, own), allowed, "model")
+    model = build(with_what_it_needs(content["config"]["model"], run, own), allowed, "model")
     score = build(content["config"]["score"], allowed, "score")
     for part, state, name in ((model, content["state_dict"], "model"), (score, content["score_state"], "score")):
         try:
@@ -280,7 +280,7 @@ def restore(
     return assemble(content["config"], model, normalisation, content["about"], pick_device(device), allowed, score)
 
 
-def _with_what_it_needs(model: Mapping[str, Any], run: str, own: str | None) -> Mapping[str, Any]:
+def with_what_it_needs(model: Mapping[str, Any], run: str, own: str | None = None) -> Mapping[str, Any]:
     """A model's section, with its backbone's weights or run where they are now: beside the detector, if not where they
     were when it was trained.
 

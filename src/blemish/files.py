@@ -22,8 +22,6 @@ CARD_FILE = "card.json"
 """The calibration card, beside every artefact that rests on it."""
 CONFIG_FILE, RUN_FILE, DETECTOR_FILE = "config.yaml", "run.json", "detector.pt"
 """The resolved settings of a run, how it came about and how far, and what it came to."""
-WEIGHTS_FILE = "backbone.pt"
-"""The state dict of a run's backbone, where it was downloaded."""
 GALLERY_FILE = "gallery.zip"
 """Thumbnails for the report, beside the table of the images that they show."""
 

@@ -56,6 +56,10 @@ def _reveal(x):
     return x.untyped_storage().hidden
 
 
+def _all_in(tensors, indices):
+    return all(any(tensor is index for index in indices) for tensor in tensors)
+
+
 def _run(op, *args, **kwargs):
     """Any operator, on what the tensors hide."""
     name, apart = op._schema.name, []
@@ -67,9 +71,13 @@ def _run(op, *args, **kwargs):
             apart.append(x)
         return torch.device("cpu") if isinstance(x, torch.device) else x
 
+    # An index may be of the CPU, but not what is put there.
+    free = len(args) > 1 and name in _BY_INDEX and _is_hidden(args[0])
     revealed, named = _pytree.tree_map(reveal, (args, kwargs))
-    if apart and not (name in _BY_INDEX and _is_hidden(args[0])):
+    if apart and not (free and _all_in(apart, args[1])):
         raise RuntimeError(f"{name}: expected all tensors on one device, found {NAME} and cpu")
+    if isinstance(kwargs.get("generator"), torch.Generator):
+        raise RuntimeError(f"{name}: expected a generator of {NAME}, found one of the cpu")
     # A number that torch wraps as a tensor comes out of its wrapping.
     revealed = [
         torch.tensor(value) if isinstance(value, (int, float)) and str(argument.type) == "Tensor" else value

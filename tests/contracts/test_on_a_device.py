@@ -41,7 +41,9 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
         "import pretended_device, torch\n"
         "here = torch.ones(2); there = here.to(pretended_device.NAME)\n"
         "for mix in (lambda: here + there, lambda: torch.cat([there, here]), lambda: there.numpy(),"
-        " lambda: here[torch.tensor([0]).to(pretended_device.NAME)]):\n"
+        " lambda: here[torch.tensor([0]).to(pretended_device.NAME)],"
+        " lambda: there.__setitem__(torch.tensor([0, 1]), here),"
+        " lambda: torch.rand(2, device=pretended_device.NAME, generator=torch.Generator())):\n"
         "    try: mix()\n"
         "    except (RuntimeError, TypeError): print('refused')\n"
         "    else: print('taken')\n"
@@ -50,4 +52,4 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=HERE)
     if "cannot have a device made in Python" in ended.stderr:
         pytest.skip(ended.stderr.splitlines()[-1])
-    assert ended.stdout.split("\n")[:-1] == ["refused"] * 4 + ["[3.0, 3.0]"], ended.stderr
+    assert ended.stdout.split("\n")[:-1] == ["refused"] * 6 + ["[3.0, 3.0]"], ended.stderr

@@ -11,7 +11,7 @@ from blemish import load_detector
 from blemish.checkpoint import read_checkpoint
 from blemish.data.images import read_pixels
 from blemish.errors import CheckpointError
-from blemish.files import DETECTOR_FILE, WEIGHTS_FILE
+from blemish.files import DETECTOR_FILE
 
 FEATURES = (
     *("image.size=32", "synthetic.images=0", "trainer=cpu"),
@@ -82,8 +82,10 @@ def test_weights_of_the_hub_are_asked_for_once_and_kept(run_cli, tiny_data, tmp_
     create, asked = timm.create_model, []
 
     def hub(*names, pretrained=False, **settings):
-        made = create(*names, pretrained=False, **settings)  # whose random weights stand for those of the hub
-        asked.extend([names] * pretrained)
+        made = create(*names, pretrained=False, **settings)
+        if pretrained:
+            asked.append(names)
+            made.conv1.weight.data.mul_(1.1)  # so that they are none that a seed makes
         return made
 
     monkeypatch.setattr(timm, "create_model", hub)
@@ -104,8 +106,13 @@ def test_weights_of_the_hub_are_asked_for_once_and_kept(run_cli, tiny_data, tmp_
     image = sorted(tiny_data.glob("test/*/*.png"))[0]
     assert load_detector(elsewhere, device="cpu")(image).score_map.shape == read_pixels(image).shape[:2]
     assert len(asked) == 1
-    (elsewhere / WEIGHTS_FILE).unlink()
-    with pytest.raises(CheckpointError, match=f"put it beside detector.pt under the name {WEIGHTS_FILE}"):
+    about = json.loads((elsewhere / "run.json").read_text("utf-8"))
+    (elsewhere / "run.json").write_text(json.dumps(about | {"status": "training"}), "utf-8")
+    resumed = run_cli(["train", f"resume={elsewhere}"])
+    assert resumed.code == 0 and len(asked) == 1, resumed.err
+    (kept,) = elsewhere.glob("backbone-*.pt")
+    kept.unlink()
+    with pytest.raises(CheckpointError, match=f"put it beside detector.pt under the name {kept.name}"):
         load_detector(elsewhere, device="cpu")
 
 

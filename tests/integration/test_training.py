@@ -14,7 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from blemish import load_detector
 from blemish.checkpoint import read_checkpoint
+from blemish.data.datasets import ImageCache, TrainingTiles
 from blemish.files import held
+from blemish.preprocess import Preprocess
+from blemish.tiling import Tiling
+from blemish.training.fit import TrainingSettings
+from blemish.training.run import _Parts
 from blemish.training.task import ReconstructionTask
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -332,3 +337,39 @@ def test_a_missing_package_is_named_before_anything_is_written(run_cli, tiny_dat
     done = run_cli(["train", *words, f"out={tmp_path / 'run'}"])
     assert done.code == 2 and "fitted by scikit-learn, which is not installed" in done.sentences[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("way", ["fit", "prepare"])
+def test_what_comes_before_the_trainer_happens_where_it_trains(tiny_data, way):
+    """`meta` stands for a GPU: it shows where tensors are, and computes nothing."""
+    found = []
+
+    class Recording(torch.nn.Module):
+        whole_image = False
+
+        def to(self, device):
+            self.where = device  # nothing comes back from there
+            return self
+
+        def _record(self, batches, labels=()):
+            found.append((self.where, {batch.device.type for batch in batches}, len(labels)))
+
+        def release(self):
+            found.append("released")
+
+    setattr(Recording, way, Recording._record)
+    paths = sorted((tiny_data / "train" / "good").iterdir())[:3]
+    images = ImageCache(paths, Preprocess(channels=1), 2**20, "train", 0)
+    tiling = Tiling(size=32)
+    training = TrainingSettings(1, 2, 1, 0.1, 0.0, None, 0, True, 0.1, 1)
+    parts = _Parts(
+        *(Recording(), None, None, None, training, None, tiling),
+        *(TrainingTiles(images, 32, 0, None), [None] * 3, None, "meta"),
+    )
+    if way == "fit":
+        assert parts.learn() is parts.model
+    else:
+        parts.prepare()
+        assert parts.model.where == "cpu", "for the trainer to take"
+    ((where, tiles_at, labels),) = found
+    assert (where, tiles_at) == ("meta", {"meta"}) and labels == (parts._normal().total if way == "fit" else 0)

@@ -143,6 +143,11 @@ def test_grey_is_shown_as_a_grey_photograph():
     torch.testing.assert_close(backbone(grey), backbone(grey.expand(-1, 3, -1, -1)))
 
 
+def test_blocks_have_names(package_layout):
+    by_name = LiteBackbone(["blocks.1", 2], "none", margin=0)
+    assert torch.equal(by_name(images()), LiteBackbone([1, 2], "none", margin=0)(images()))
+
+
 def test_random_weights_follow_from_the_seed_alone():
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -226,6 +231,7 @@ def test_torchvision_weights_are_what_is_computed_with(tmp_path):
         (lambda: LiteBackbone([16], "none"), r"backbone\.layers of whole numbers from 0 to 15, found \[16\]"),
         (lambda: LiteBackbone([21], "none", version=2), r"whole numbers from 0 to 20, found \[21\]"),
         (lambda: LiteBackbone([2], "none", version=3), r"backbone\.version from 0 to 2, found 3"),
+        (lambda: LiteBackbone(["blocks.16"], "none"), r"Unknown layer 'blocks\.16' in backbone\.layers: did you mean"),
         (lambda: LiteBackbone([], "none"), r"backbone\.layers of whole numbers"),
         (lambda: LiteBackbone([2], "none", average=2), r"backbone\.average to be an odd whole number >= 1, found 2"),
         (

@@ -129,7 +129,7 @@ def test_cells_of_the_settings(settings, tmp_path):
 
 
 JOINED = (
-    SETTINGS.replace("[trainer=cpu,", "[trainer.accelerator=cpu, report.images=9,")
+    SETTINGS.replace("[trainer=cpu,", "[trainer=cpu, report.images=9,")
     + """
 ensembles: {both: [best, plain]}
 """
@@ -179,6 +179,8 @@ def test_rows_can_be_chosen(settings, tmp_path):
         ({"rows": {"a": ["seed=3"]}}, "sets seed, which the benchmark sets itself"),
         ({"ensembles": {"both": ["plain"]}}, r"ensembles\.both is a list of two or more rows"),
         ({"ensembles": {"both": ["plain", "bst"]}}, "joins 'bst', which is no row: did you mean 'best'"),
+        ({"ensembles": {"both": [["plain"], "best"]}}, r"joins '\['plain'\]', which is no row"),
+        ({"ensembles": {"both": ["plain", "plain"]}}, "joins a row with itself"),
         ({"ensembles": {"plain": ["plain", "best"]}}, "has the name of a row"),
         ({"minuts": 3}, "did you mean 'minutes'"),
         ({"minutes": "long"}, "a positive number, found 'long'"),

@@ -206,8 +206,13 @@ def test_features_are_kept_as_float32_where_that_is_asked_for(tmp_path):
         assert cache.values.nbytes == 2 * 4 * large[0].numel()
 
 
-def test_a_model_keeps_features_as_its_backbone_says():
+def test_a_model_keeps_features_as_its_backbone_says(monkeypatch):
     backbone = Tiny()
+    look = Tiny.layers
+    monkeypatch.setattr(Tiny, "layers", lambda self, x: [1e6 * grid for grid in look(self, x)])
+    told = r"beyond what float16 holds: set backbone\.cache_dtype=float32, where"
+    with pytest.raises(ConfigError, match=told), NearestFeature(backbone, 4).normal([tiles(3)]):
+        pass
     backbone.cache_dtype = "float32"
     with NearestFeature(backbone, 4).normal([tiles(3)]) as cache:
         assert cache.values.dtype == np.float32
@@ -217,7 +222,7 @@ def test_nothing_to_learn_from_and_features_too_large_are_one_sentence():
     with pytest.raises(ConfigError, match="learns from normal tiles, found none"):
         fitted(NearestFeature, 4, normal=tiles()[:0])
     with (
-        pytest.raises(ConfigError, match=r"beyond what float16 holds: set backbone\.cache_dtype=float32"),
+        pytest.raises(ConfigError, match="beyond what float16 holds: train the model anew"),
         cached(lambda x: x * 1e6, [tiles(2)], 1.0, torch.device("cpu")),
     ):
         pass
@@ -355,6 +360,9 @@ def test_faiss_finds_the_nearest_in_all_cells_and_hardly_worse_in_some():
     found = Cells(4).nearest(queries, bank)
     distance = [(queries - bank[which]).norm(dim=1) for which in (exact, found)]
     assert (found == exact).float().mean() > 0.8 and (distance[1] / distance[0]).mean() < 1.02
+    same = bank[:50].repeat(80, 1)  # most cells are empty, or of one feature
+    found = same[Cells(1).nearest(queries, same)]
+    assert (queries - found).norm(dim=1).mean() < 1.1 * (queries - same[nearest(queries, same)]).norm(dim=1).mean()
     few = bank[:3]
     assert torch.equal(Cells(1).nearest(queries, few), nearest(queries, few)), "one cell"
 

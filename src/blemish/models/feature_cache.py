@@ -24,7 +24,6 @@ from blemish.files import atomic, explain_write_errors
 from blemish.frozen import content_of
 
 DTYPES = "float16", "float32"
-_STRANGERS = 64  # batches, one after the other, after which no tile is taken to come again
 _LEAST = 0.01  # of the mean deviation
 
 
@@ -87,7 +86,7 @@ class FeatureCache:
 
 
 class KnownGrids:
-    """The grids of tiles that come again, by their pixels; of others nothing is known.
+    """The grids of tiles that come again, by their pixels.
 
     Args:
         cache: what was computed. batches: the tiles that it was computed from, in the same order.
@@ -97,18 +96,12 @@ class KnownGrids:
         self._values = cache.values
         names = [_name_of(tile) for batch in batches for tile in batch]
         self._rows = {names[number]: row for row, number in enumerate(cache.chosen.tolist())}
-        self._strangers = 0
 
-    def of(self, tiles: Tensor) -> Tensor | None:
-        """Tiles (B, C, H, W) -> (B, h, w, D) float32; None if one of them is not known."""
-        if self._strangers == _STRANGERS:
-            return None  # training cuts tiles from random places: naming them would be for nothing
+    def of(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Tiles (B, C, H, W) -> which of them are known, (B,) bool, and their grids, (known, h, w, D) float32."""
         names = [_name_of(tile) for tile in tiles]
-        if any(name not in self._rows for name in names):
-            self._strangers += 1
-            return None
-        self._strangers = 0
-        return _read(self._values[[self._rows[name] for name in names]])
+        rows = [self._rows[name] for name in names if name in self._rows]
+        return torch.tensor([name in self._rows for name in names]), _read(self._values[rows])
 
 
 def _name_of(tile: Tensor) -> bytes:
@@ -128,6 +121,7 @@ def cached(
     setting: str = "model.cache_gb",
     folder: Path | None = None,
     dtype: str = DTYPES[0],
+    instead: str = "train the model anew",
 ) -> Iterator[FeatureCache]:
     """The features of normal tiles, for as long as the context lasts.
 
@@ -139,6 +133,7 @@ def cached(
         folder: keeps what the backbone says of each tile, for whoever asks it about the same tile again; the file of
             this context lies there, too.
         dtype: float16 or float32, of the file: twice as large, for features that float16 cannot hold.
+        instead: what to do about features that it cannot hold, for the message.
 
     Raises:
         ConfigError: there is no tile, or a feature does not fit the dtype. BlemishError: the disk is full.
@@ -173,7 +168,7 @@ def cached(
         missing = [place for place in range(len(tiles)) if place not in known]
         said = features(tiles) if missing else ()  # all: what is said of a tile may depend on the batch, by rounding
         for place in missing:
-            known[place] = _Grid.of(said[place], kind)
+            known[place] = _Grid.of(said[place], kind, instead)
             if kept:
                 kept.write(files[place], known[place])
         return [known[place] for place in range(len(tiles))]
@@ -217,14 +212,13 @@ class _Grid(NamedTuple):
     squares: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, grid: Tensor, kind: np.dtype[Any]) -> _Grid:
+    def of(cls, grid: Tensor, kind: np.dtype[Any], instead: str) -> _Grid:
         """Of (h, w, D) float32. Raises ConfigError if the file's kind of numbers cannot hold it."""
         with np.errstate(over="ignore"):
             rounded = grid.contiguous().numpy().astype(kind)
         if not np.isfinite(rounded).all():
             raise ConfigError(
-                "A feature is beyond what float16 holds: set backbone.cache_dtype=float32, where the backbone has it, "
-                "choose another backbone, or train the model anew."
+                f"A feature is beyond what {kind} holds: {instead}."
                 if torch.isfinite(grid).all()
                 else "A feature is no number, so its network has diverged: train it anew with a smaller "
                 "training.learning_rate, or choose another backbone."

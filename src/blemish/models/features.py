@@ -78,24 +78,31 @@ class FeatureSpace(nn.Module):
 
     @contextmanager
     def normal(self, batches: Iterable[Tensor]) -> Iterator[FeatureCache]:
-        """The features of normal tiles, in a temporary file of at most `cache_gb`; mean and deviation are learned."""
+        """What `learn_normal` gives, in float32, for as long as the context lasts."""
+        with torch.autocast(self.mean.device.type, enabled=False), ExitStack() as opened:
+            yield self.learn_normal(batches, opened)
+
+    def learn_normal(self, batches: Iterable[Tensor], opened: ExitStack) -> FeatureCache:
+        """The features of normal tiles, in a temporary file of at most `cache_gb` that lasts until `opened` is closed;
+        mean and deviation are learned."""
         device = self.mean.device
-        with (
-            torch.autocast(device.type, enabled=False),
-            cached(
-                self.backbone,
-                batches,
-                self.cache_gb,
-                device,
-                folder=getattr(self.backbone, "cache", None),
-                dtype=getattr(self.backbone, "cache_dtype", DTYPES[0]),
-            ) as cache,
-        ):
+        with torch.autocast(device.type, enabled=False):
+            cache = opened.enter_context(
+                cached(
+                    self.backbone,
+                    batches,
+                    self.cache_gb,
+                    device,
+                    folder=getattr(self.backbone, "cache", None),
+                    dtype=getattr(self.backbone, "cache_dtype", DTYPES[0]),
+                    instead="set backbone.cache_dtype=float32, where the backbone has it, or choose another one",
+                )
+            )
             self.mean.copy_(cache.mean)
             self.deviation.copy_(cache.unit)
             if self.kind == "pca":
                 self._learn_components(cache.sample(_MOST_FOR_PCA, self.generator()))
-            yield cache
+        return cache
 
     def observe(self, x: Tensor) -> Tensor:
         """Tiles (B, 1 or 3, H, W) in [0, 1] -> (B, D, h, w), float32."""
@@ -133,29 +140,43 @@ class TrainedInFeatureSpace(FeatureSpace):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self._known: KnownGrids | None = None
-        self._open = ExitStack()
+        self._opened = ExitStack()
 
     def prepare(self, batches: Iterable[Tensor]) -> None:
         """As `Preparing`."""
-        self._open.close()
-        self._open = ExitStack()
-        cache = self._open.enter_context(self.normal(batches))
-        self._known = KnownGrids(cache, batches) if self.mean.device.type == "cpu" else None
+        self.release()
+        cache = self.learn_normal(batches, self._opened)
+        if self.mean.device.type == "cpu":
+            self._known = KnownGrids(cache, batches)
+        else:
+            self.release()
+
+    def release(self) -> None:
+        """As `Preparing`."""
+        self._known = None
+        self._opened.close()
 
     def observe(self, x: Tensor) -> Tensor:
         """As `FeatureSpace`, but in training no gradient passes, and half precision will do: it halves the time."""
         if not self.training:
             return super().observe(x)
         with torch.no_grad():
-            grids = self._known.of(x) if self._known is not None and self._asks_file(x) else None
-            return self.look(x) if grids is None else self.prepared(grids).movedim(-1, 1)
-
-    def _asks_file(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and not torch.compiler.is_compiling()
+            if self._known is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+                return self.look(x)
+            known, grids = self._known.of(x)
+            if not known.any():
+                return self.look(x)
+            observed = self.prepared(grids).movedim(-1, 1)
+            if known.all():
+                return observed
+            others = self.look(x[~known])
+            whole = others.new_empty(len(x), *others.shape[1:])
+            whole[known], whole[~known] = observed.to(whole), others
+            return whole
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies, and other processes, ask the backbone."""
-        return {**self.__dict__, "_known": None, "_open": ExitStack()}
+        return {**self.__dict__, "_known": None, "_opened": ExitStack()}
 
 
 class FeatureModel(FeatureSpace, ABC):

@@ -156,8 +156,11 @@ class Cells:
         """As the function of this name, but what is found may be a little farther away than the nearest."""
         if self._of is not bank:
             self._index, self._of = self._made(bank), bank
-        _, found = self._index.search(queries.cpu().contiguous().numpy(), 1)
-        return torch.from_numpy(found[:, 0]).to(bank.device)
+        _, numbers = self._index.search(queries.cpu().contiguous().numpy(), 1)
+        found = torch.from_numpy(numbers[:, 0]).to(bank.device)
+        if len(lost := torch.nonzero(found < 0)[:, 0]):  # all cells next to it are empty
+            found[lost] = nearest(queries[lost], bank)
+        return found
 
     def _made(self, bank: Tensor) -> Any:
         import faiss

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blemish import pipeline
 from blemish.build import build, build_section, locate
 from blemish.calibration import read_settings
-from blemish.checkpoint import PARTS, about_run, assemble, build_model, save_detector
+from blemish.checkpoint import PARTS, about_run, assemble, build_model, save_detector, with_what_it_needs
 from blemish.data.augment import Augmentation
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
@@ -29,7 +29,7 @@ from blemish.data.records import SPLITS, Record, Split
 from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
-from blemish.files import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE, held, write_bytes, write_json, write_text
+from blemish.files import CONFIG_FILE, RUN_FILE, held, write_bytes, write_json, write_text
 from blemish.frozen import FrozenNetwork
 from blemish.models.contracts import (
     Contrasting,
@@ -135,6 +135,7 @@ def _resume(run: Path, read: Any, report: Report | None) -> Finished:
             f"{run / CONFIG_FILE} lacks the section {missing[0]}: it was begun by another version of blemish, or "
             "edited; start a new run."
         )
+    settings["model"] = with_what_it_needs(settings["model"], str(run))
     splits = _split(read(settings["data"]), settings)
     changed = [name for name, value in splits.fingerprint().items() if value != about["data_fingerprint"][name]]
     if changed:
@@ -148,10 +149,11 @@ def _with_kept_weights(run: Path, settings: dict[str, Any], model: nn.Module) ->
     if not getattr(backbone, "downloaded", False):
         return settings
     assert isinstance(backbone, FrozenNetwork)
+    file = run.absolute() / f"backbone-{backbone.fingerprint & 0xFFFFFFFF:08x}.pt"  # ensembles may have several
     buffer = io.BytesIO()  # so that a full disk is the operating system's error, not the serialiser's
     torch.save(backbone.weights(), buffer)
-    write_bytes(run / WEIGHTS_FILE, buffer.getvalue())
-    kept = {**settings["model"]["backbone"], "weights": str((run / WEIGHTS_FILE).absolute())}
+    write_bytes(file, buffer.getvalue())
+    kept = {**settings["model"]["backbone"], "weights": str(file)}
     return {**settings, "backbone": kept, "model": {**settings["model"], "backbone": kept}}
 
 
@@ -474,6 +476,8 @@ def _go_on(
             about["status"] = "pruned"
             raise
         finally:
+            if isinstance(parts.model, Preparing):
+                parts.model.release()
             write_json(run / RUN_FILE, about)
     own = Seen.of([item for name in SPLITS[:2] for item in splits.of(name)])
     trained = own.union(part.seen for part in parts_of_other_runs(model)).to_dict()
