@@ -73,12 +73,8 @@ class Cell:
     def key(self) -> str:
         """Names what was asked for, defaults included: a result counts as long as nobody asks for something else."""
         asked = [__version__, self.data, self.row, str(self.seed), *self.overrides]
-        asked += [member.key for member in self.members] or [self._composed_fingerprint()]
+        asked += [member.key for member in self.members] or [fingerprint(_composed(self.overrides))]
         return hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]
-
-    def _composed_fingerprint(self) -> str:
-        settings = _composed(self.overrides)
-        return fingerprint(settings) if settings else ""
 
     @property
     def name(self) -> str:

@@ -179,10 +179,15 @@ def replace_calibration(run: Path, calibration: Calibration) -> None:
     _write(run, read_checkpoint(run) | {"calibration": calibration.to_dict()})
 
 
-def _write(run: Path, content: Mapping[str, Any]) -> None:
+def write_tensors(file: Path, content: Mapping[str, Any]) -> None:
+    """Plain data and tensors, as `torch.load` reads them with weights_only=True."""
     buffer = io.BytesIO()  # so that a full disk is the operating system's error, not the serialiser's
     torch.save(content, buffer)
-    write_bytes(run / DETECTOR_FILE, buffer.getvalue())
+    write_bytes(file, buffer.getvalue())
+
+
+def _write(run: Path, content: Mapping[str, Any]) -> None:
+    write_tensors(run / DETECTOR_FILE, content)
     if content["calibration"]:
         write_json(run / CARD_FILE, content["calibration"])
 

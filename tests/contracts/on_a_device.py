@@ -15,9 +15,8 @@ import test_score_contract as scores
 import torch
 
 from blemish.build import TRUSTED, build
-from blemish.data.corruption import CutPaste
 from blemish.errors import ConfigError
-from blemish.models.contracts import Contrasting, Fittable, Preparing
+from blemish.models.contracts import Fittable
 from blemish.scores.contracts import FittableScore, learning_parts
 from blemish.scores.engine import TorchScorer
 from conftest import composed
@@ -34,15 +33,8 @@ def check_model(name):
     fresh = models.fresh(settings, name)
     outputs = []
     for device in ("cpu", pretended_device.NAME):
-        model = deepcopy(fresh).to(device)
-        if isinstance(model, Contrasting):
-            model.contrast_with(CutPaste(1.0))
         torch.manual_seed(0)
-        normal = [models.tiles(seed=1).to(device)]
-        if isinstance(model, Fittable):
-            model.fit(normal)
-        elif isinstance(model, Preparing):
-            model.prepare(normal)
+        model = models.learned(deepcopy(fresh).to(device), device=device)
         if not isinstance(model, Fittable):
             models.everything(model.train()(models.tiles(seed=2).to(device))).backward()
             assert all(part.grad.device.type == device for part in model.parameters() if part.grad is not None)

@@ -66,13 +66,13 @@ def fresh(settings, name, channels=1, size=SIZE, seed=0):
     return build(composed["model"], TRUSTED, "model")
 
 
-def learned(model, channels=1, size=SIZE, seed=0):
+def learned(model, channels=1, size=SIZE, seed=0, device="cpu"):
     """After what comes before the trainer, or in its place."""
     if isinstance(model, Contrasting):
         model.contrast_with(CutPaste(1.0))
     for learn in ("fit", "prepare"):
         if hasattr(model, learn):
-            getattr(model, learn)([tiles(channels, size, seed=seed + 1)])
+            getattr(model, learn)([tiles(channels, size, seed=seed + 1).to(device)])
     return model
 
 

@@ -17,6 +17,15 @@ FIRST = (  # one of each kind, and what trains by default
 )
 
 
+def run_apart(*words):
+    """Python in a process of its own, which pretends to have a device; the test is skipped where it cannot."""
+    command = [sys.executable, "-W", "ignore", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
+    if "cannot have a device made in Python" in ended.stderr:
+        pytest.skip(ended.stderr.splitlines()[-1])
+    return ended
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -25,10 +34,7 @@ FIRST = (  # one of each kind, and what trains by default
     ],
 )
 def test_what_the_cpu_does_a_device_does(parts):
-    command = [sys.executable, "-W", "ignore", HERE / "on_a_device.py", *parts]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "cannot have a device made in Python" in ended.stderr:
-        pytest.skip(ended.stderr.splitlines()[-1])
+    ended = run_apart("on_a_device.py", *parts)
     said = dict(line.split(": ", 1) for line in ended.stdout.splitlines())
     assert said.keys() == set(parts), ended.stderr[-2000:]
     wrong = [f"{part}: {what}" for part, what in said.items() if what != "fine" and not what.startswith("needs")]
@@ -49,7 +55,5 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
         "    else: print('taken')\n"
         "print((there * 3).cpu().tolist())"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=HERE)
-    if "cannot have a device made in Python" in ended.stderr:
-        pytest.skip(ended.stderr.splitlines()[-1])
+    ended = run_apart("-c", code)
     assert ended.stdout.split("\n")[:-1] == ["refused"] * 6 + ["[3.0, 3.0]"], ended.stderr

@@ -143,7 +143,7 @@ def test_grey_is_shown_as_a_grey_photograph():
     torch.testing.assert_close(backbone(grey), backbone(grey.expand(-1, 3, -1, -1)))
 
 
-def test_blocks_have_names(package_layout):
+def test_blocks_have_names():
     by_name = LiteBackbone(["blocks.1", 2], "none", margin=0)
     assert torch.equal(by_name(images()), LiteBackbone([1, 2], "none", margin=0)(images()))
 

@@ -56,6 +56,14 @@ def trained(model, steps=80):
     return model.eval()
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """The numbers of tiles that the frozen network was shown, call by call."""
+    calls, look = [], Coarse.forward
+    monkeypatch.setattr(Coarse, "forward", lambda self, x: calls.append(len(x)) or look(self, x))
+    return calls
+
+
 @pytest.mark.parametrize("kind", [FeatureRepair, Student])
 def test_they_are_trained_by_the_trainer_towards_prepared_features(kind):
     model = prepared(kind)
@@ -121,15 +129,13 @@ def test_corrupted_places_of_a_grid_weigh_by_their_share():
     assert loss.total.item() == pytest.approx((3 * 1 + 4 + 9 + 16) / (3 + 1 + 1 + 1))
 
 
-def test_a_teacher_need_not_look_at_what_is_corrupted(monkeypatch):
+def test_a_teacher_need_not_look_at_what_is_corrupted(asked):
     model = prepared(Student)
-    seen = []
-    look = Coarse.forward
-    monkeypatch.setattr(Coarse, "forward", lambda self, x: seen.append(len(x)) or look(self, x))
+    asked.clear()
     task = ReconstructionTask(model.train(), ReconstructionObjective(L2()), Structured(), 0.01, 0.0, 1, 0)
     for step in range(3):
         task.loss_of(tiles(8, 1 + step))
-    assert sorted(seen) == [1, 8, 8, 8], "the clean tiles, and one for the size of the grid"
+    assert sorted(asked) == [1, 8, 8, 8], "the clean tiles, and one for the size of the grid"
     output = model.eval()(tiles(4))
     assert torch.equal(output.observed, model.observe(tiles(4)))
     assert not torch.equal(output.observed, output.expected)
@@ -149,14 +155,6 @@ def test_what_is_observed_is_shown_to_a_density(mask_head):
     output = model(tiles(2))
     assert torch.equal(output.activations[0], output.observed)
     assert len(output.activations) == 1 + mask_head
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The numbers of tiles that the frozen network was shown, call by call."""
-    calls, look = [], Coarse.forward
-    monkeypatch.setattr(Coarse, "forward", lambda self, x: calls.append(len(x)) or look(self, x))
-    return calls
 
 
 def test_normal_tiles_are_not_shown_to_the_network_again_in_training(asked):

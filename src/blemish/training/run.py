@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import sys
 import time
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from blemish import pipeline
 from blemish.build import build, build_section, locate
 from blemish.calibration import read_settings
-from blemish.checkpoint import PARTS, about_run, assemble, build_model, save_detector, with_what_it_needs
+from blemish.checkpoint import PARTS, about_run, assemble, build_model, save_detector, with_what_it_needs, write_tensors
 from blemish.data.augment import Augmentation
 from blemish.data.corruption import Corruption
 from blemish.data.datasets import ImageCache, TrainingTiles, ValidationTiles
@@ -29,8 +28,8 @@ from blemish.data.records import SPLITS, Record, Split
 from blemish.data.splits import SPLITS_FILE, Splits, split_records, write_splits
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.evaluation.synthetic import check_images, check_metric
-from blemish.files import CONFIG_FILE, RUN_FILE, held, write_bytes, write_json, write_text
-from blemish.frozen import FrozenNetwork
+from blemish.files import CONFIG_FILE, RUN_FILE, held, write_json, write_text
+from blemish.models.backbones import Backbone
 from blemish.models.contracts import (
     Contrasting,
     Fittable,
@@ -146,13 +145,10 @@ def _resume(run: Path, read: Any, report: Report | None) -> Finished:
 def _with_kept_weights(run: Path, settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """A backbone's weights that were downloaded are kept in `run`, so that whoever loads it asks no network."""
     backbone = getattr(model, "backbone", None)
-    if not getattr(backbone, "downloaded", False):
+    if not isinstance(backbone, Backbone) or not backbone.downloaded:
         return settings
-    assert isinstance(backbone, FrozenNetwork)
     file = run.absolute() / f"backbone-{backbone.fingerprint & 0xFFFFFFFF:08x}.pt"  # ensembles may have several
-    buffer = io.BytesIO()  # so that a full disk is the operating system's error, not the serialiser's
-    torch.save(backbone.weights(), buffer)
-    write_bytes(file, buffer.getvalue())
+    write_tensors(file, backbone.weights())
     kept = {**settings["model"]["backbone"], "weights": str(file)}
     return {**settings, "backbone": kept, "model": {**settings["model"], "backbone": kept}}
 
